@@ -1,0 +1,141 @@
+"""Packing: which rank trains on which sample, which samples share a microbatch, and the microbatch's tensors.
+
+Plans are pure functions of the lengths, so every rank makes the same plan without talking.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from megarl.data.records import MicroBatch, Sample
+
+LOSS_AGG_MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
+
+
+def balance(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Deal items into ``parts`` groups of nearly equal total length: longest first, each to the lightest group.
+
+    Graham's longest-processing-time rule: at most 4/3 of the best possible maximum. Items come back in their own order.
+    """
+    heap = [(0, part) for part in range(parts)]
+    groups: list[list[int]] = [[] for _ in range(parts)]
+    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        total, part = heapq.heappop(heap)
+        groups[part].append(i)
+        heapq.heappush(heap, (total + lengths[i], part))
+    return [sorted(group) for group in groups]
+
+
+def microbatches_of(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Group items so that each group's total is at most ``budget``, in as few groups as `balance` manages.
+
+    Equal groups beat full ones: a short last microbatch would leave a pipeline idle as long as a full one.
+    Raises ValueError for an item longer than the budget.
+    """
+    if not lengths:
+        return []
+    if max(lengths) > budget:
+        raise ValueError(f"a sequence of {max(lengths)} tokens does not fit a microbatch of {budget} tokens")
+    parts = -(-sum(lengths) // budget)
+    while True:
+        groups = balance(lengths, parts)
+        if all(sum(lengths[i] for i in group) <= budget for group in groups):
+            return [group for group in groups if group]
+        parts += 1
+
+
+def positions_of(sample: Sample) -> int:
+    """Positions a sample takes in a pack: one less than its tokens, since the last is only ever a target."""
+    return len(sample.tokens) - 1
+
+
+def pack(
+    samples: list[Sample],
+    device: torch.device,
+    *,
+    multiple: int = 1,
+    loss_agg_mode: str = "token-mean",
+    max_response_length: int = 1,
+) -> MicroBatch:
+    """Lay samples end to end, shifted once.
+
+    Args:
+        multiple: T is lengthened to a multiple of this (sequence parallelism wants TP) by padding behind the last sequence.
+        loss_agg_mode: see `token_weights`.
+        max_response_length: the constant of ``seq-mean-token-sum-norm``.
+    """
+    lengths = [positions_of(sample) for sample in samples]
+    real = sum(lengths)
+    padding = -real % multiple
+    tokens = [t for sample in samples for t in sample.tokens[:-1]] + [0] * padding
+    targets = [t for sample in samples for t in sample.tokens[1:]] + [0] * padding
+    mask = torch.zeros(real + padding, dtype=torch.bool)
+    cu_seqlens = [0]
+    for sample, length in zip(samples, lengths, strict=True):
+        start = cu_seqlens[-1]
+        mask[start + sample.prompt_length - 1 : start + length] = True
+        cu_seqlens.append(start + length)
+    cu_seqlens[-1] += padding
+    sizes = torch.tensor(cu_seqlens).diff()
+    sequence = torch.repeat_interleave(torch.arange(len(samples)), sizes)
+    positions = torch.arange(real + padding) - torch.tensor(cu_seqlens[:-1])[sequence]
+    responses = torch.tensor([sample.response_length for sample in samples])
+    weights, count = token_weights(mask, sequence, responses, loss_agg_mode, max_response_length)
+
+    def spread(values: Callable[[Sample], Tensor | None]) -> Tensor | None:
+        parts = [values(sample) for sample in samples]
+        if parts[0] is None:
+            return None
+        out = torch.zeros(real + padding, dtype=torch.float32)
+        out[mask] = torch.cat([part for part in parts if part is not None]).float().cpu()
+        return out.to(device)
+
+    return MicroBatch(
+        samples=samples,
+        cu_seqlens=cu_seqlens,
+        tokens=torch.tensor(tokens, device=device),
+        targets=torch.tensor(targets, device=device),
+        positions=positions.to(device),
+        loss_mask=mask.to(device),
+        sequence=sequence.to(device),
+        weights=weights.to(device),
+        count=count,
+        advantages=(torch.tensor([sample.advantage for sample in samples])[sequence] * mask).to(device),
+        rollout_logps=spread(lambda sample: sample.rollout_logps),
+        old_logps=spread(lambda sample: sample.old_logps),
+        ref_logps=spread(lambda sample: sample.ref_logps),
+    )
+
+
+def token_weights(
+    mask: Tensor, sequence: Tensor, responses: Tensor, mode: str, max_response_length: int
+) -> tuple[Tensor, int]:
+    """How each token's loss counts, and this microbatch's part of the step's one denominator.
+
+    =========================  ==================================  =========================================
+    token-mean                 sum / tokens of the step            DAPO (2503.14476)
+    seq-mean-token-mean        mean over sequences of their mean   GRPO (2402.03300)
+    seq-mean-token-sum         mean over sequences of their sum    REINFORCE, RLOO
+    seq-mean-token-sum-norm    sum / (sequences x max length)      Dr. GRPO (2503.20783)
+    =========================  ==================================  =========================================
+
+    Sequences without response tokens do not count.
+
+    Returns:
+        weights [T] fp32, count.
+    """
+    ones = mask.float()
+    sequences = int((responses > 0).sum())
+    if mode == "token-mean":
+        return ones, int(mask.sum())
+    if mode == "seq-mean-token-mean":
+        return ones / responses.clamp(min=1)[sequence], sequences
+    if mode == "seq-mean-token-sum":
+        return ones, sequences
+    if mode == "seq-mean-token-sum-norm":
+        return ones / max_response_length, sequences
+    raise ValueError(f"loss_agg_mode {mode!r} is none of {', '.join(LOSS_AGG_MODES)}")

@@ -1,0 +1,129 @@
+"""Core attention and RMSNorm for megatron's local layers: what serves where Transformer Engine is not installed.
+
+megatron's own local versions take no packed sequences (attention) and refuse sequence parallelism (norm).
+
+Shapes: T packed tokens, h this rank's query heads, g its key/value heads, d the head size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megarl.parallel import cpu
+
+cpu.quiet_megatron_imports()
+
+from megatron.core.packed_seq_params import PackedSeqParams  # noqa: E402
+from megatron.core.transformer.module import MegatronModule  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
+
+
+@dataclass
+class PackedLayout(PackedSeqParams):
+    """megatron's description of packed sequences, with the plan `PackedAttention` follows, made once a microbatch.
+
+    Sequences of similar length form a rectangle ``[n, m]`` of token indices (short ones repeat their last token), so that a
+    handful of causal attention calls serves hundreds of sequences and at most half of a rectangle is padding.
+    ``restore [T]`` finds every token in the rectangles laid end to end.
+    """
+
+    rectangles: list[Tensor] = field(default_factory=list)
+    restore: Tensor | None = None
+
+
+def packed_layout(cu_seqlens: list[int], device: torch.device, *, transformer_engine: bool) -> PackedLayout:
+    """Describe sequences ``cu_seqlens[i]:cu_seqlens[i+1]`` of one pack to megatron."""
+    lengths = [b - a for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
+    # Rounded up: megatron caches one rotary table per value.
+    longest = -(-max(lengths) // 64) * 64
+    cu = torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
+    # Megatron's unfused rotary embedding loops over sequences in Python, unless told that the pack is one sequence;
+    # PolicyModel then gives it the angle of every token. Only the rotary embedding reads the padded lengths here.
+    whole = cu if transformer_engine else cu[[0, -1]]
+    rectangles, restore = ([], None) if transformer_engine else _rectangles(cu_seqlens, lengths, device)
+    return PackedLayout(
+        qkv_format="thd",
+        cu_seqlens_q=cu,
+        cu_seqlens_kv=cu,
+        cu_seqlens_q_padded=whole,
+        cu_seqlens_kv_padded=whole,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        rectangles=rectangles,
+        restore=restore,
+    )
+
+
+def _rectangles(cu_seqlens: list[int], lengths: list[int], device: torch.device) -> tuple[list[Tensor], Tensor]:
+    by_size: dict[int, list[int]] = {}
+    for i, length in enumerate(lengths):
+        by_size.setdefault(max(length, 1).bit_length(), []).append(i)
+    rectangles, slots, before = [], torch.empty(cu_seqlens[-1], dtype=torch.int64), 0
+    for members in by_size.values():
+        start = torch.tensor([cu_seqlens[i] for i in members])
+        length = torch.tensor([lengths[i] for i in members])
+        across = torch.arange(int(length.max()))
+        index = start[:, None] + torch.minimum(across, length[:, None] - 1)
+        real = across < length[:, None]
+        slots[index[real]] = before + torch.arange(index.numel()).view_as(index)[real]
+        before += index.numel()
+        rectangles.append(index.to(device))
+    return rectangles, slots.to(device)
+
+
+class PackedAttention(MegatronModule):
+    """Causal attention over packed sequences by torch's scaled_dot_product_attention, with grouped queries and a sliding window."""
+
+    def __init__(self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: Any) -> None:
+        super().__init__(config=config)
+        self.layer_number = layer_number
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedLayout | None = None,
+    ) -> Tensor:
+        """query [T, h, d], key and value [T, g, d] -> [T, h * d]."""
+        assert packed_seq_params is not None, "PackedAttention takes packed sequences only"
+        repeat = query.shape[1] // key.shape[1]
+        if repeat > 1:
+            key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
+        out = [self._attend(query[r], key[r], value[r]) for r in packed_seq_params.rectangles]
+        flat = out[0] if len(out) == 1 else torch.cat(out)
+        return flat[packed_seq_params.restore]
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """[n, m, h, d] each -> [n * m, h * d]. Padding comes after every real token, so the causal mask hides it."""
+        n, m, h, d = q.shape
+        window = self.config.window_size
+        mask = None
+        if window is not None and m > window[0] + 1:
+            distance = torch.arange(m, device=q.device)[:, None] - torch.arange(m, device=q.device)
+            mask = (distance >= 0) & (distance <= window[0])
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale)
+        return out.transpose(1, 2).reshape(n * m, h * d)
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm whose weight tells megarl's and megatron's reductions that sequence parallelism splits its input."""
+
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)

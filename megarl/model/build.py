@@ -1,0 +1,193 @@
+"""From a ModelSpec to a megatron-core model on this rank: configuration, layers, the policy's own last step."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from megarl.config import Config
+from megarl.model.attention import PackedAttention, RMSNorm
+from megarl.model.family import ModelSpec
+from megarl.model.heads import VocabShard, token_logprobs
+from megarl.model.rope import inverse_frequencies
+from megarl.parallel.mesh import Mesh
+from megarl.weights.names import canonical_parameters
+from megarl.weights.rules import Shard
+from megarl.weights.shard import padded_vocab
+
+from megatron.core.distributed import finalize_model_grads  # isort: skip
+from megatron.core.models.gpt.gpt_layer_specs import (  # isort: skip
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel  # isort: skip
+from megatron.core.tensor_parallel import (  # isort: skip
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec  # isort: skip
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build  # isort: skip
+from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def uses_transformer_engine(device: torch.device) -> bool:
+    """Transformer Engine where it is installed and can run; megarl's own attention and norms elsewhere."""
+    return device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+
+
+class PolicyModel(GPTModel):
+    """GPTModel whose last stage returns ``[2, T]``: log-probability of each label and entropy of its distribution.
+
+    Only tokens that ``loss_mask`` selects reach the head; the others' entries are 0. Without labels it returns logits, as
+    GPTModel does.
+    """
+
+    def __init__(self, *, true_vocab_size: int, temperature: float, logprob_chunk_size: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.true_vocab_size = true_vocab_size
+        self.temperature = temperature
+        self.logprob_chunk_size = logprob_chunk_size
+
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """With the unfused rotary embedding, give every packed token its own angle (see `attention.packed_layout`)."""
+        out = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        if self.config.apply_rope_fusion:
+            return out
+        decoder_input, rotary, *rest = out
+        return (decoder_input, rotary[position_ids[0]], *rest)
+
+    def _postprocess(
+        self, hidden_states: Tensor, *, labels: Tensor | None = None, loss_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        if labels is None or not self.post_process:
+            return super()._postprocess(hidden_states=hidden_states, labels=labels, loss_mask=loss_mask, **kwargs)
+        assert loss_mask is not None, "labels come with a loss_mask"
+        tp = self.pg_collection.tp
+        # Both regions sum the head's gradient over tensor parallelism on the way back.
+        if self.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden_states, True, tp)
+        else:
+            hidden = copy_to_tensor_model_parallel_region(hidden_states, group=tp)
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        chosen = loss_mask.view(-1).nonzero()[:, 0]
+        shard = VocabShard.of(self.true_vocab_size, weight.shape[0], tp.rank(), tp)
+        pair = token_logprobs(
+            hidden[chosen, 0], weight, labels.view(-1)[chosen], shard, self.temperature, self.logprob_chunk_size
+        )
+        out = hidden.new_zeros((2, hidden.shape[0]), dtype=torch.float32)
+        return out.index_copy(1, chosen, torch.stack(pair))
+
+
+def transformer_config(cfg: Config, spec: ModelSpec, mesh: Mesh) -> TransformerConfig:
+    """Megatron's configuration of the model. ``model.model_overrides`` has the last word."""
+    engine = uses_transformer_engine(mesh.device)
+    dtype = DTYPES[cfg.model.dtype]
+    settings: dict[str, Any] = {
+        # the architecture
+        "num_layers": spec.num_layers,
+        "hidden_size": spec.hidden_size,
+        "ffn_hidden_size": spec.ffn_hidden_size,
+        "num_attention_heads": spec.num_attention_heads,
+        "num_query_groups": spec.num_query_groups,
+        "kv_channels": spec.kv_channels,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": spec.layernorm_epsilon,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": spec.add_qkv_bias,
+        "qk_layernorm": spec.qk_layernorm,
+        "window_size": (spec.sliding_window - 1, 0) if spec.sliding_window else None,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        # the layout
+        "tensor_model_parallel_size": mesh.tp_size,
+        "pipeline_model_parallel_size": mesh.pp_size,
+        "sequence_parallel": cfg.parallel.sequence_parallel,
+        "num_layers_in_first_pipeline_stage": cfg.parallel.num_layers_in_first_pipeline_stage,
+        "num_layers_in_last_pipeline_stage": cfg.parallel.num_layers_in_last_pipeline_stage,
+        "variable_seq_lengths": True,
+        "moe_token_dispatcher_type": "alltoall",  # variable_seq_lengths asks for it, also of dense models
+        # numbers and memory
+        "bf16": dtype is torch.bfloat16,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "recompute_granularity": cfg.model.recompute_granularity,
+        "recompute_method": cfg.model.recompute_method,
+        "recompute_num_layers": cfg.model.recompute_num_layers,
+        # one division for the whole step, by the count that the engine's loss function reports
+        "calculate_per_token_loss": True,
+        "finalize_model_grads_func": finalize_model_grads,
+        # every parameter is filled from a checkpoint: random numbers would only cost time and hide a gap
+        "perform_initialization": False,
+        "use_cpu_initialization": mesh.device.type == "cpu",
+        # fusions that need CUDA kernels
+        "apply_rope_fusion": engine,
+        "bias_activation_fusion": engine,
+        "bias_dropout_fusion": engine,
+        "masked_softmax_fusion": False,
+        "persist_layer_norm": False,
+        "gradient_accumulation_fusion": False,
+    }
+    if cfg.model.recompute_modules:
+        settings["recompute_modules"] = list(cfg.model.recompute_modules)
+    return TransformerConfig(**settings | dict(cfg.model.model_overrides))
+
+
+def layer_spec(config: TransformerConfig, spec: ModelSpec, mesh: Mesh) -> ModuleSpec | TransformerBlockSubmodules:
+    """Transformer Engine's layers, or megatron's local ones with our attention and norms in their places."""
+    if uses_transformer_engine(mesh.device):
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=spec.qk_layernorm)
+    layer = get_gpt_layer_local_spec(qk_layernorm=spec.qk_layernorm, normalization="RMSNorm")
+    layer.submodules.input_layernorm = RMSNorm
+    layer.submodules.pre_mlp_layernorm = RMSNorm
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = PackedAttention
+    if spec.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
+    here = get_num_layers_to_build(config, vp_stage=None, pp_rank=mesh.pp_rank)
+    return TransformerBlockSubmodules(layer_specs=[layer] * here, layer_norm=RMSNorm)
+
+
+def build_model(cfg: Config, spec: ModelSpec, mesh: Mesh, temperature: float) -> PolicyModel:
+    """This rank's part of the model, on its device, with uninitialised weights: `load_hf` fills every one of them."""
+    config = transformer_config(cfg, spec, mesh)
+    model = PolicyModel(
+        config=config,
+        transformer_layer_spec=layer_spec(config, spec, mesh),
+        vocab_size=padded_vocab(spec.vocab_size, mesh.tp_size),
+        true_vocab_size=spec.vocab_size,
+        max_sequence_length=spec.max_position_embeddings,
+        pre_process=mesh.is_first_stage,
+        post_process=mesh.is_last_stage,
+        share_embeddings_and_output_weights=spec.tied,
+        position_embedding_type="rope",
+        pg_collection=mesh.groups,
+        temperature=temperature,
+        logprob_chunk_size=cfg.model.logprob_chunk_size,
+    )
+    # One formula for every rope type, not megatron's: theirs hard-codes Llama 3's constants.
+    model.rotary_pos_emb.inv_freq = inverse_frequencies(spec.rope, spec.kv_channels).to(mesh.device)
+    mark_shards(model, spec)
+    return model.to(mesh.device)
+
+
+def mark_shards(model: PolicyModel, spec: ModelSpec) -> None:
+    """Tell megatron which parameters tensor parallelism cuts, as its own initialisation, which we leave out, would have.
+
+    Without the mark a parameter counts as a replica: the gradient norm would be that of the first tensor-parallel rank.
+    """
+    shards = {tensor.name: tensor for tensor in spec.tensors()}
+    for name, parameter in canonical_parameters(model, spec.tied):
+        tensor = shards[name]
+        if tensor.shard is not Shard.REPLICATED:
+            parameter.tensor_model_parallel = True
+            parameter.partition_dim = 1 if tensor.shard is Shard.ROW else 0
+            parameter.partition_stride = tensor.stride

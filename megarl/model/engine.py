@@ -1,0 +1,254 @@
+"""The engine: one megatron-core model on this rank, and the verbs that loops use: ``logps``, ``step``, ``holding``.
+
+Reduction lives here and nowhere else. A loss returns one value a token; the engine returns
+``(sum of weights x loss, count)`` to megatron's schedule with ``calculate_per_token_loss=True``; megatron sums both over
+microbatches and data parallelism and divides gradients once. So gradients do not depend on how the step was cut.
+
+Every verb is a collective over all ranks, and enters megatron's platform by itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megarl.config import Config
+from megarl.data.packing import microbatches_of, pack, positions_of
+from megarl.data.records import MicroBatch, Sample
+from megarl.model.attention import packed_layout
+from megarl.model.build import build_model, uses_transformer_engine
+from megarl.model.family import ModelSpec
+from megarl.model.optimizer import build_optimizer, build_scheduler
+from megarl.parallel.mesh import Mesh
+from megarl.weights.convert import WeightStream, load_hf
+from megarl.weights.hf_files import HFCheckpoint
+
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # isort: skip
+from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
+
+# (log-probabilities [T], batch) -> (loss [T], metrics {name: [T]})
+Loss = Callable[[Tensor, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient is NaN or infinite. The optimizer has not stepped, on any rank."""
+
+
+class Engine:
+    """A policy in training."""
+
+    def __init__(self, cfg: Config, mesh: Mesh, spec: ModelSpec, *, temperature: float, total_updates: int) -> None:
+        """Build the model from ``cfg.model.path`` with its optimizer.
+
+        Args:
+            temperature: what log-probabilities divide logits by: the temperature of sampling.
+            total_updates: optimizer updates of the whole run, which the learning rate decays over.
+        """
+        self.cfg = cfg
+        self.mesh = mesh
+        self.spec = spec
+        with mesh.platform():
+            model = build_model(cfg, spec, mesh, temperature)
+            checkpoint = HFCheckpoint(cfg.model.path)
+            load_hf(model, spec, mesh, checkpoint)
+            checkpoint.close()
+            ddp = DistributedDataParallelConfig(
+                grad_reduce_in_fp32=True,
+                use_distributed_optimizer=cfg.optimizer.use_distributed_optimizer,
+                overlap_grad_reduce=cfg.optimizer.overlap_grad_reduce,
+            )
+            self.model = DistributedDataParallel(model.config, ddp, model, pg_collection=mesh.groups)
+            if cfg.optimizer.overlap_grad_reduce:
+                model.config.no_sync_func = self.model.no_sync
+            self.optimizer = build_optimizer(cfg, self.model)
+            self.scheduler = build_scheduler(cfg, self.optimizer, total_updates)
+
+    # ---- verbs -------------------------------------------------------------------------------------------------------
+
+    def logps(self, samples: list[Sample]) -> list[Tensor]:
+        """Log-probabilities of every sample's response tokens: one fp32 [response] tensor a sample, on every rank of the replica."""
+        batches, order = self._microbatches(samples, self.cfg.train.logprob_mb_tokens)
+        self.model.eval()
+        with self.mesh.platform(), torch.no_grad():
+            collected = self._run(batches, self._collect_step, forward_only=True, collect_non_loss_data=True)
+        self.model.train()
+        lengths = [sample.response_length for batch in batches for sample in batch.samples]
+        flat = torch.empty(sum(lengths), device=self.mesh.device)
+        if self.mesh.is_last_stage:
+            flat = torch.cat([part for batch, out in zip(batches, collected, strict=True) for part in batch.response_of(out)])
+        if self.mesh.pp_size > 1:
+            dist.broadcast(flat, self.mesh.last_stage_rank, group=self.mesh.pp_group)
+        packed = flat.split(lengths)
+        return [packed[at] for at in order]
+
+    def logits(self, sample: Sample) -> Tensor:
+        """[L - 1, vocabulary] fp32 on every rank, for comparing small models with other implementations of them."""
+        batch = self._pack([sample], "token-mean")
+        with self.mesh.platform(), torch.no_grad():
+            collected = self._run([batch], self._logits_step, forward_only=True, collect_non_loss_data=True)
+        shape = (len(batch.tokens), self.spec.vocab_size)
+        logits = collected[0].contiguous() if self.mesh.is_last_stage else torch.empty(shape, device=self.mesh.device)
+        if self.mesh.pp_size > 1:
+            dist.broadcast(logits, self.mesh.last_stage_rank, group=self.mesh.pp_group)
+        return logits[: positions_of(sample)]
+
+    def step(self, samples: list[Sample], loss: Loss, *, loss_agg_mode: str = "token-mean") -> dict[str, float]:
+        """One optimizer update on this replica's ``samples``.
+
+        Returns the loss, the loss's metrics as means over response tokens of the whole step, ``grad_norm``, ``lr`` and
+        ``tokens``, the same on every rank. Raises NonFiniteError before the optimizer steps.
+        """
+        batches, _ = self._microbatches(samples, self.cfg.train.train_mb_tokens, loss_agg_mode)
+        self.model.train()
+        with self.mesh.platform():
+            self.model.zero_grad_buffer()
+            self.optimizer.zero_grad()
+            sums = self._run(batches, partial(self._loss_step, loss), forward_only=False)
+            metrics = self._reduce(sums)
+            self._refuse_poison(metrics, samples)
+            if metrics["tokens"] == 0:
+                return metrics  # nothing to learn from: Adam's moments and step count stay as they are
+            self.scheduler.step(1)
+            _, grad_norm, _ = self.optimizer.step()
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
+        return metrics | {"grad_norm": float(grad_norm), "lr": float(lr)}
+
+    @contextlib.contextmanager
+    def holding(self, weights: HostWeights) -> Iterator[None]:
+        """Let the model hold other weights for a while: the reference's, from host memory.
+
+        Parameter by parameter the two are exchanged, so that neither the device nor the host ever holds a second copy.
+        """
+        weights.exchange(self.model.module)
+        try:
+            yield
+        finally:
+            weights.exchange(self.model.module)
+
+    def stream(self, bucket_bytes: int) -> WeightStream:
+        """The model as HF tensors; see `WeightStream`."""
+        return WeightStream(self.model.module, self.spec, self.mesh, bucket_bytes)
+
+    # ---- inside ------------------------------------------------------------------------------------------------------
+
+    def _microbatches(
+        self, samples: list[Sample], budget: int, loss_agg_mode: str = "token-mean"
+    ) -> tuple[list[MicroBatch], list[int]]:
+        """Pack, and say at which place among all packed samples each of ``samples`` is."""
+        groups = microbatches_of([positions_of(sample) for sample in samples], budget)
+        batches = [self._pack([samples[i] for i in group], loss_agg_mode) for group in groups]
+        if not batches:  # a replica without samples still takes part: one microbatch that counts for nothing
+            batches = [self._pack([Sample("(none)", 0, [0, 0], prompt_length=2)], loss_agg_mode)]
+        place = {i: at for at, i in enumerate(i for group in groups for i in group)}
+        return batches, [place[i] for i in range(len(samples))]
+
+    def _pack(self, samples: list[Sample], loss_agg_mode: str) -> MicroBatch:
+        multiple = self.mesh.tp_size if self.cfg.parallel.sequence_parallel else 1
+        longest = self.cfg.rollout.max_response_length
+        return pack(
+            samples, self.mesh.device, multiple=multiple, loss_agg_mode=loss_agg_mode, max_response_length=longest
+        )
+
+    def _run(self, batches: list[MicroBatch], forward_step: Callable[..., Any], **kwargs: Any) -> list[Any]:
+        """Megatron's schedule over the microbatches. What the last stage's loss function returned, one a microbatch."""
+        return get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter(batches),
+            model=[self.model],
+            num_microbatches=len(batches),
+            seq_length=1,  # unused with variable_seq_lengths
+            micro_batch_size=1,
+            **kwargs,
+        )
+
+    def _forward(self, batch: MicroBatch, model: torch.nn.Module, *, labels: bool = True) -> Tensor:
+        engine = uses_transformer_engine(self.mesh.device)
+        layout = packed_layout(batch.cu_seqlens, self.mesh.device, transformer_engine=engine)
+        return model(
+            batch.tokens[None],
+            batch.positions[None],
+            None,
+            labels=batch.targets[None] if labels else None,  # without labels the model gives logits
+            loss_mask=batch.loss_mask[None],
+            packed_seq_params=layout,
+        )
+
+    def _collect_step(self, batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        return self._forward(next(batches), model), lambda out, non_loss_data: out[0]
+
+    def _logits_step(self, batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        def collect(out: Tensor, non_loss_data: bool) -> Tensor:
+            shards = [torch.empty_like(out[0]) for _ in range(self.mesh.tp_size)]
+            dist.all_gather(shards, out[0].contiguous(), group=self.mesh.tp_group)
+            return torch.cat(shards, dim=-1)[:, : self.spec.vocab_size].float()
+
+        return self._forward(next(batches), model, labels=False), collect
+
+    def _loss_step(
+        self, loss: Loss, batches: Iterator[MicroBatch], model: torch.nn.Module
+    ) -> tuple[Tensor, Callable[..., Any]]:
+        batch = next(batches)
+
+        def reduce(out: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            logps, batch.entropy = out
+            per_token, metrics = loss(logps, batch)
+            total = torch.where(batch.loss_mask, per_token * batch.weights, 0).sum()
+            count = torch.tensor(batch.count, dtype=torch.int, device=out.device)
+            sums = {name: torch.where(batch.loss_mask, x.detach(), 0).sum() for name, x in metrics.items()}
+            return total, count, sums | {"loss": total.detach(), "count": count, "tokens": batch.loss_mask.sum()}
+
+        return self._forward(batch, model), reduce
+
+    def _reduce(self, sums: list[dict[str, Tensor]]) -> dict[str, float]:
+        """Sum the step's metrics over microbatches and replicas, divide, and tell every stage."""
+        reduced: list[dict[str, float]] = [{}]
+        if self.mesh.is_last_stage:
+            names = list(sums[0])
+            totals = torch.stack([sum(part[name] for part in sums).double() for name in names])
+            dist.all_reduce(totals, group=self.mesh.dp_group)
+            total = dict(zip(names, totals.tolist(), strict=True))
+            count, tokens, loss = total.pop("count"), total.pop("tokens"), total.pop("loss")
+            means = {name: value / max(tokens, 1) for name, value in total.items()}
+            reduced = [means | {"loss": loss / max(count, 1), "tokens": tokens}]
+        if self.mesh.pp_size > 1:
+            dist.broadcast_object_list(reduced, self.mesh.last_stage_rank, group=self.mesh.pp_group)
+        return reduced[0]
+
+    def _refuse_poison(self, metrics: dict[str, float], samples: list[Sample]) -> None:
+        """Raise on every rank if the loss, or any rank's gradient, is not a finite number."""
+        gradients = sum(buffer.grad_data.sum().float() for buffer in self.model.buffers)
+        finite = bool(torch.isfinite(gradients)) and math.isfinite(metrics["loss"])
+        flag = torch.tensor([not finite], dtype=torch.int, device=self.mesh.device)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        if not flag.item():
+            return
+        self.model.zero_grad_buffer()
+        named = "; ".join(sample.name for sample in samples[:4]) or "no samples"
+        raise NonFiniteError(
+            f"rank {self.mesh.rank}: loss {metrics['loss']}, gradient {'finite' if finite else 'not finite'} here; "
+            f"the update was refused on all ranks. This replica trained on {len(samples)} samples ({named}, ...). "
+            "Look at their rewards and rollout_logps, or lower optimizer.lr"
+        )
+
+
+class HostWeights:
+    """A copy of a model's parameters in host memory (pinned where there is CUDA)."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        pin = torch.cuda.is_available()
+        self.tensors = [torch.empty_like(p, device="cpu", pin_memory=pin).copy_(p.detach()) for p in model.parameters()]
+
+    @torch.no_grad()
+    def exchange(self, model: torch.nn.Module) -> None:
+        """Swap contents with the model, in place: what was here is now there, bit for bit."""
+        for parameter, kept in zip(model.parameters(), self.tensors, strict=True):
+            theirs = parameter.detach().clone()
+            parameter.copy_(kept)
+            kept.copy_(theirs)

@@ -1,0 +1,1 @@
+"""One literal a family."""

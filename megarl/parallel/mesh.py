@@ -1,0 +1,152 @@
+"""The mesh: who this rank is, and which groups it talks in. Built once, passed down, never imported as a global.
+
+This is the only reader of megatron's ``parallel_state``. Ranks are laid out as Megatron lays them (tp fastest, then dp,
+then pp): neighbours in a tensor-parallel group are neighbours on a node.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megarl.config import Config
+from megarl.parallel import cpu
+
+cpu.quiet_megatron_imports()
+
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """One rank's place. ``groups`` is megatron's own collection; the fields below are what our code reads."""
+
+    device: torch.device
+    rank: int
+    world_size: int
+    tp_size: int
+    tp_rank: int
+    pp_size: int
+    pp_rank: int
+    dp_size: int
+    dp_rank: int
+    tp_group: dist.ProcessGroup
+    pp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    host_group: dist.ProcessGroup  # every rank, over gloo: for data that lives in host memory
+    groups: ProcessGroupCollection
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def last_stage_rank(self) -> int:
+        """Global rank of the last pipeline stage in this rank's pipeline."""
+        return dist.get_global_rank(self.pp_group, self.pp_size - 1)
+
+    def dp_rank_of(self, rank: int) -> int:
+        """Which data-parallel replica another global rank trains in (tp fastest, then dp, then pp)."""
+        return rank // self.tp_size % self.dp_size
+
+    @contextlib.contextmanager
+    def platform(self) -> Iterator[None]:
+        """Enter before calling into megatron-core: on a machine without CUDA its CUDA calls then mean the CPU."""
+        if self.device.type == "cuda":
+            yield
+        else:
+            with cpu.megatron_on_cpu():
+                yield
+
+    def describe(self) -> str:
+        where = f"{self.world_size} x {self.device.type}"
+        return f"{where}: TP {self.tp_size}, PP {self.pp_size}, DP {self.dp_size}"
+
+    def close(self) -> None:
+        """Leave together: a rank that exits first makes the others' last collective fail."""
+        dist.barrier(group=self.host_group)
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()
+
+
+def pick_device(wanted: str) -> torch.device:
+    """``auto`` takes CUDA where there is any. Each rank gets the GPU of its LOCAL_RANK."""
+    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def build_mesh(cfg: Config) -> Mesh:
+    """Join the job and build its groups.
+
+    RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from torchrun or srun; a process started by hand is a job of one.
+    Every collective of every group fails after ``run.deadline_s``.
+    """
+    device = pick_device(cfg.cluster.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    _defaults_for_one_process()
+    timeout = timedelta(seconds=cfg.run.deadline_s)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    host_group = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else dist.group.WORLD
+    with cpu.megatron_on_cpu() if device.type == "cpu" else contextlib.nullcontext():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=cfg.parallel.tensor_model_parallel_size,
+            pipeline_model_parallel_size=cfg.parallel.pipeline_model_parallel_size,
+            distributed_timeout_minutes=cfg.run.deadline_s / 60,
+            create_gloo_process_groups=device.type == "cuda",
+        )
+        _seed_rng_tracker(cfg.run.seed)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return Mesh(
+        device=device,
+        rank=dist.get_rank(),
+        world_size=dist.get_world_size(),
+        tp_size=groups.tp.size(),
+        tp_rank=groups.tp.rank(),
+        pp_size=groups.pp.size(),
+        pp_rank=groups.pp.rank(),
+        dp_size=groups.dp.size(),
+        dp_rank=groups.dp.rank(),
+        tp_group=groups.tp,
+        pp_group=groups.pp,
+        dp_group=groups.dp,
+        host_group=host_group,
+        groups=groups,
+    )
+
+
+def _seed_rng_tracker(seed: int) -> None:
+    """Megatron's per-rank generators (dropout, recompute), and torch's own: the same numbers for the same layout."""
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
+
+
+def _defaults_for_one_process() -> None:
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(alone)
+
+
+def device_name(device: torch.device) -> str | None:
+    """The GPU's name, as its maker gives it; None on a CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else None

@@ -1,0 +1,146 @@
+"""A deadline on every phase, and a name for whoever breaks it.
+
+Each rank's watchdog thread writes a heartbeat (rank, host, phase) to the job's store once a second. A rank that stays in
+one phase longer than the deadline prints every thread's stack, reads the others' heartbeats, says who is missing or
+behind, and ends its process; the launcher then ends the rest. The collectives have the same deadline, so that a peer's
+death is an exception in the main thread, which `explain` turns into the same sentence.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+EXIT_DEADLINE = 124  # as timeout(1)
+_BEAT_S = 1.0
+_STALE_S = 5.0  # a rank whose heartbeat is older than this no longer runs
+
+
+class Watchdog:
+    """Heartbeats of this rank and the deadline of its phases. `megarl.observe.timers.Phases` enters and leaves."""
+
+    def __init__(self, deadline_s: float) -> None:
+        self.rank = dist.get_rank()
+        self.world_size = dist.get_world_size()
+        self.deadline_s = deadline_s
+        self._store = self._own_store()
+        self._phases: list[tuple[str, float]] = [("start", time.monotonic())]
+        self._stop = threading.Event()
+        self._beat()
+        dist.barrier()  # every rank has a heartbeat before anyone may look for it
+        self._thread = threading.Thread(target=self._watch, name="megarl-watchdog", daemon=True)
+        self._thread.start()
+
+    def _own_store(self) -> dist.Store:
+        """A store of rank 0's beside the job's own, whose connection may be waiting in a collective's set-up when we need it."""
+        timeout = timedelta(seconds=30)
+        address: list[Any] = [None]
+        if self.rank == 0:
+            host = os.environ.get("MASTER_ADDR", "127.0.0.1")
+            server = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timeout)
+            address = [(host, server.port)]
+        dist.broadcast_object_list(address, 0)
+        if self.rank == 0:
+            return server
+        host, port = address[0]
+        return dist.TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
+
+    def enter(self, name: str) -> None:
+        self._phases.append((name, time.monotonic()))
+
+    def leave(self) -> None:
+        # The phase around it goes on: its own clock starts again, since it did get somewhere.
+        self._phases.pop()
+        name, _ = self._phases[-1]
+        self._phases[-1] = (name, time.monotonic())
+
+    @property
+    def phase(self) -> str:
+        return self._phases[-1][0]
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def suspects(self) -> str:
+        """One sentence on the ranks that stopped answering, or are in another phase than this one."""
+        silent, elsewhere = [], []
+        for rank in range(self.world_size):
+            if rank == self.rank:
+                continue
+            try:
+                beat = json.loads(self._store.get(f"beat/{rank}"))
+            except (RuntimeError, OSError) as reason:  # rank 0, who keeps the store, is gone
+                return f"rank 0, which keeps the heartbeats, does not answer ({type(reason).__name__})"
+            where = f"rank {rank} on {beat['host']} (phase {beat['phase']!r}"
+            age = time.time() - beat["time"]
+            if age > _STALE_S:
+                silent.append(f"{where}, silent for {age:.0f} s)")
+            elif beat["phase"] != self.phase:
+                elsewhere.append(f"{where}, {beat['seconds']:.0f} s in it)")
+        if silent:
+            return "no longer running: " + ", ".join(silent)
+        if elsewhere:
+            return "in another phase: " + ", ".join(elsewhere)
+        return "all other ranks answer, and are in the same phase"
+
+    def explain(self, error: BaseException) -> str:
+        """The line to end a failed rank with: who, where, in which phase, why, and whom it was perhaps waiting for."""
+        time.sleep(_STALE_S + _BEAT_S if isinstance(error, RuntimeError) and _is_collective(error) else 0)
+        return f"{self._me()}: {type(error).__name__}: {error}\n  other ranks: {self.suspects()}"
+
+    def _me(self) -> str:
+        return f"rank {self.rank} on {socket.gethostname()} in phase {self.phase!r}"
+
+    def _beat(self) -> None:
+        name, since = self._phases[-1]
+        seconds = time.monotonic() - since
+        beat = {"host": socket.gethostname(), "phase": name, "seconds": seconds, "time": time.time()}
+        self._store.set(f"beat/{self.rank}", json.dumps(beat))
+
+    def _watch(self) -> None:
+        while not self._stop.wait(_BEAT_S):
+            try:
+                self._beat()
+            except (RuntimeError, OSError):
+                continue  # the store went with rank 0; the collective that waits for it will fail, or the deadline pass
+            finally:
+                self._check()
+
+    def _check(self) -> None:
+        name, since = self._phases[-1]
+        if time.monotonic() - since < self.deadline_s:
+            return
+        print(f"{self._me()}: over the deadline of {self.deadline_s:.0f} s (run.deadline_s)", file=sys.stderr)
+        print(f"  other ranks: {self.suspects()}", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        sys.stderr.flush()
+        # The main thread may be inside a collective that never returns: nothing softer would end it.
+        os._exit(EXIT_DEADLINE)
+
+
+def _is_collective(error: RuntimeError) -> bool:
+    """Whether an error looks like a peer's: torch has no type of its own for gloo's and NCCL's failures."""
+    text = str(error).lower()
+    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "nccl", "connection", "timed out"))
+
+
+def die_with_parent() -> None:
+    """Let the kernel end this process when the launcher that started it dies: no orphans, not even after kill -9. Linux only."""
+    if sys.platform != "linux":
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() == 1 and os.environ.get("TORCHELASTIC_RUN_ID"):  # it died before we asked
+        os._exit(EXIT_DEADLINE)

@@ -1,0 +1,243 @@
+"""Scores samples in worker processes, with a deadline for each sample.
+
+Contract: `score` returns one result per sample, in order. A reward that raises, hangs, kills its process or returns
+anything but one finite number costs that sample alone: its result has no total, and an error that names the prompt,
+the sample and what happened. A hung worker is killed and replaced, and its other samples go to the next free one.
+With on_error=abort `score` raises once all are done.
+
+Workers are plain subprocesses that talk JSON over a pipe, not multiprocessing's: `spawn` imports the trainer's main
+module again in each child (and with it torch), `fork` copies a process full of threads and CUDA state, and both
+unpickle what user code sends. Columns mostly came from JSON, so that JSON loses nothing; other values (dates from
+Parquet) arrive as `str`.
+
+A worker gets samples only when it waits for them, so that sending to it cannot block. The samples of a chunk are
+answered one by one, and a sample's clock starts when the answer before it arrives.
+"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from megarl.config import RewardConfig
+from megarl.rewards import COLUMNS, RewardError, check_arguments, resolve
+
+START_TIMEOUT_S = 120.0  # to import the rewards' modules, perhaps large ones from a cold network disk
+EXIT_TIMEOUT_S = 2.0  # for a worker's own exit handlers before it is killed
+MAX_CHUNK = 32  # samples sent at once
+BOOTSTRAP = """
+import sys
+descriptor, parent, *sys.path = sys.argv[1:]
+from megarl.rewards.worker import main
+main(int(descriptor), int(parent))
+"""
+
+
+@dataclass(frozen=True)
+class RewardInput:
+    """One sample to score: its columns as single values, "completions" among them."""
+
+    prompt_id: str
+    sample_index: int
+    columns: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """How errors speak of it."""
+        return f"prompt {self.prompt_id}, sample {self.sample_index}"
+
+
+@dataclass(frozen=True)
+class RewardResult:
+    """The weighted total and each reward's own value; or no total, and what went wrong."""
+
+    total: float | None
+    parts: dict[str, float]
+    error: str | None
+
+
+class WorkerFailedError(Exception):
+    """A worker gave no answer and is dead; the message says why, as the end of a sentence."""
+
+
+@dataclass
+class Worker:
+    """A worker process: `queue` has the indices of samples it has yet to answer, `parts` its answers on the first."""
+
+    process: subprocess.Popen
+    pipe: Connection
+    deadline: float
+    ready: bool = False
+    queue: deque[int] = field(default_factory=deque)
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+class RewardWorkers:
+    """The worker processes of one rank. Not for use by several threads at once."""
+
+    def __init__(self, config: RewardConfig) -> None:
+        self.config = config
+        self.weights = {entry.name: entry.weight for entry in config.functions}
+        self.check_functions()
+        self.workers: list[Worker] = []
+        try:
+            self.workers += [self.start() for _ in range(config.workers)]
+            while not all(worker.ready for worker in self.workers):
+                for worker in answered([worker for worker in self.workers if not worker.ready]):
+                    self.greet(worker)
+        except BaseException:
+            self.close()
+            raise
+
+    def check_functions(self) -> None:
+        """Find every mistake that needs no worker to find."""
+        if len(self.weights) < len(self.config.functions):
+            raise RewardError("reward.functions names a reward twice; give the second one a function of its own")
+        for entry in self.config.functions:
+            check_arguments(entry.name, resolve(entry.name), entry.args)
+            taken = [name for name in entry.args if name in COLUMNS]
+            if taken:
+                raise RewardError(f"reward {entry.name!r}: {taken[0]!r} is a column and cannot be an option")
+
+    def start(self) -> Worker:
+        """Start a worker; it is ready for samples once it has answered."""
+        here, there = Pipe()
+        command = [sys.executable, "-c", BOOTSTRAP, str(there.fileno()), str(os.getpid()), *sys.path]
+        # A session of its own keeps Ctrl-C from it, and lets `kill` reach the processes that a reward has started.
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[there.fileno()], start_new_session=True)
+        there.close()
+        functions = [{"name": entry.name, "args": entry.args} for entry in self.config.functions]
+        here.send_bytes(json.dumps(functions).encode())
+        return Worker(process, here, time.monotonic() + START_TIMEOUT_S)
+
+    def score(self, samples: Sequence[RewardInput]) -> list[RewardResult]:
+        """One result per sample, in order."""
+        if not self.workers:
+            raise RewardError("the reward workers have been closed")
+        results: dict[int, RewardResult] = {}
+        pending = deque(range(len(samples)))
+        try:
+            while len(results) < len(samples):
+                self.hand_out(samples, pending)
+                for worker in answered([worker for worker in self.workers if worker.queue or not worker.ready]):
+                    if worker.ready:
+                        self.take_answer(worker, samples, pending, results)
+                    else:
+                        self.greet(worker)
+        except BaseException:  # answers still on their way would be taken for those of the next call
+            self.close()
+            raise
+        errors = [results[index].error for index in range(len(samples)) if results[index].error]
+        if errors and self.config.on_error == "abort":
+            raise RewardError(f"{len(errors)} of {len(samples)} samples could not be scored; the first: {errors[0]}")
+        return [results[index] for index in range(len(samples))]
+
+    def hand_out(self, samples: Sequence[RewardInput], pending: deque[int]) -> None:
+        """Give each waiting worker a chunk, smaller and smaller so that all of them finish together."""
+        for worker in list(self.workers):
+            if not (pending and worker.ready and not worker.queue):
+                continue
+            size = min(MAX_CHUNK, math.ceil(len(pending) / (2 * len(self.workers))))
+            chunk = [pending.popleft() for _ in range(size)]
+            try:
+                worker.pipe.send_bytes(json.dumps([samples[index].columns for index in chunk], default=str).encode())
+            except ConnectionError:  # it died while it had nothing to do
+                pending.extendleft(reversed(chunk))
+                kill(worker)
+                self.replace(worker)
+            else:
+                worker.queue.extend(chunk)
+                worker.deadline = time.monotonic() + self.config.timeout_s
+
+    def greet(self, worker: Worker) -> None:
+        """Take a starting worker's first answer."""
+        try:
+            error = receive(worker, START_TIMEOUT_S)["error"]
+        except WorkerFailedError as failure:
+            raise RewardError(f"a reward worker {failure} while it imported {', '.join(self.weights)}") from failure
+        if error:
+            raise RewardError(f"in a reward worker: {error}")
+        worker.ready = True
+
+    def take_answer(
+        self, worker: Worker, samples: Sequence[RewardInput], pending: deque[int], results: dict[int, RewardResult]
+    ) -> None:
+        """Take what one reward says of the sample that `worker` is at, and file the sample's result once complete."""
+        sample = samples[worker.queue[0]]
+        name = list(self.weights)[len(worker.parts)]
+        try:
+            answer = receive(worker, self.config.timeout_s)
+        except WorkerFailedError as failure:
+            answer = {"error": str(failure)}
+            pending.extendleft(reversed(list(worker.queue)[1:]))
+            self.replace(worker)
+        if "error" in answer:
+            error = f"{sample.name}: reward {name!r} {answer['error']}"
+            results[worker.queue[0]] = RewardResult(None, worker.parts, error)
+        else:
+            worker.parts[name] = answer["value"]
+            if len(worker.parts) < len(self.weights):
+                return
+            results[worker.queue[0]] = self.weighted(sample, worker.parts)
+        worker.queue.popleft()
+        worker.parts = {}
+        worker.deadline = time.monotonic() + self.config.timeout_s
+
+    def weighted(self, sample: RewardInput, parts: dict[str, float]) -> RewardResult:
+        """The result of a sample with a finite number from every reward; large ones may still add up to infinity."""
+        total = sum(self.weights[name] * value for name, value in parts.items())
+        if math.isfinite(total):
+            return RewardResult(total, parts, None)
+        return RewardResult(None, parts, f"{sample.name}: the weighted sum of rewards {parts} is {total}")
+
+    def replace(self, worker: Worker) -> None:
+        """Start a new worker in the place of a dead one."""
+        self.workers[self.workers.index(worker)] = self.start()
+
+    def close(self) -> None:
+        """End all workers, giving their exit handlers a moment."""
+        for worker in self.workers:
+            worker.pipe.close()
+        for worker in self.workers:
+            try:
+                worker.process.wait(0 if worker.queue else EXIT_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                kill(worker)
+        self.workers = []
+
+
+def answered(workers: list[Worker]) -> list[Worker]:
+    """Wait until some of `workers` have answered, died or passed their deadline, and return those."""
+    nearest = min(worker.deadline for worker in workers)
+    readable = wait([worker.pipe for worker in workers], timeout=max(0.0, nearest - time.monotonic()))
+    now = time.monotonic()
+    return [worker for worker in workers if worker.pipe in readable or worker.deadline <= now]
+
+
+def receive(worker: Worker, timeout_s: float) -> dict[str, Any]:
+    """The answer that `worker` has given, even if this process was too slow to take it in time."""
+    try:
+        if worker.pipe.poll():
+            return json.loads(worker.pipe.recv_bytes())
+    except (EOFError, ConnectionError):
+        code = kill(worker)
+        how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        raise WorkerFailedError(f"ended its worker process, which {how}") from None
+    kill(worker)
+    raise WorkerFailedError(f"timed out after {timeout_s:g} s")
+
+
+def kill(worker: Worker) -> int:
+    """Kill `worker` and what it has started; the exit code of one that was dead already is kept."""
+    os.killpg(worker.process.pid, signal.SIGKILL)  # not yet waited for, so that the id is still its own
+    worker.pipe.close()
+    return worker.process.wait()

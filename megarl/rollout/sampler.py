@@ -1,0 +1,224 @@
+"""From prompts to scored groups: each engine samples its share of the step's prompts, its leading rank scores them.
+
+Every rank then knows the whole step as a small table (lengths, rewards, what went wrong); tokens and log-probabilities stay
+where they were sampled until `Rollout.deal` sends each sample to the replica that trains on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from megarl.advantages import zero_variance_fraction
+from megarl.config import Config
+from megarl.data.packing import balance
+from megarl.data.prompts import Prompt
+from megarl.data.records import Sample
+from megarl.observe.timers import Phases
+from megarl.parallel.collectives import exchange_samples, gather_objects
+from megarl.parallel.mesh import Mesh
+from megarl.rewards.runner import RewardInput, RewardResult, RewardWorkers
+from megarl.rollout.vllm_engine import Completion, Sampling, VLLMEngine
+
+
+class EmptyStepError(RuntimeError):
+    """Every group of a step was dropped."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """What every rank knows of one sample."""
+
+    prompt: int  # which of the step's prompts: the sample's group
+    index: int  # which of the prompt's samples
+    prompt_length: int
+    response_length: int
+    finish_reason: str
+    result: RewardResult
+
+
+@dataclass
+class Rollout:
+    """One step's samples. ``rows`` is the same on every rank, in the order of prompts; ``mine`` holds what was sampled here."""
+
+    rows: list[Row]  # N, of groups that were scored whole
+    errors: list[str]  # what was wrong with the samples of dropped groups
+    mine: dict[int, Sample] = field(repr=False)  # row -> sample
+    mesh: Mesh = field(repr=False)
+
+    @property
+    def rewards(self) -> Tensor:
+        """[N] fp32."""
+        return torch.tensor([row.result.total for row in self.rows], dtype=torch.float32)
+
+    @property
+    def groups(self) -> Tensor:
+        """[N] int64: samples of one prompt share a number."""
+        return torch.tensor([row.prompt for row in self.rows])
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every sample, prompt and response."""
+        return [row.prompt_length + row.response_length for row in self.rows]
+
+    def deal(self, advantages: Tensor, sequences_per_update: int) -> list[list[Sample]]:
+        """Send every sample to the replica that trains on it.
+
+        Whole steps are cut, in order, into updates of ``sequences_per_update`` (the last may be smaller where groups were
+        dropped); each update is dealt over data parallelism in shares of nearly equal length.
+
+        Returns:
+            for every update, this replica's samples, with their advantages. The same on all ranks of a replica.
+        """
+        owner: dict[int, int] = {}  # row -> data-parallel rank
+        lengths, n = self.lengths, len(self.rows)
+        updates = [list(range(i, min(i + sequences_per_update, n))) for i in range(0, n, sequences_per_update)]
+        for update in updates:
+            for dp_rank, share in enumerate(balance([lengths[row] for row in update], self.mesh.dp_size)):
+                owner |= {update[i]: dp_rank for i in share}
+        outgoing: list[list[Sample]] = [[] for _ in range(self.mesh.world_size)]
+        for row, sample in self.mine.items():
+            sample.row, sample.advantage = row, float(advantages[row])
+            for rank in range(self.mesh.world_size):
+                if self.mesh.dp_rank_of(rank) == owner[row]:
+                    outgoing[rank].append(sample)
+        received = {s.row: s for sent in exchange_samples(outgoing, self.mesh.host_group) for s in sent}
+        return [[received[row] for row in update if owner[row] == self.mesh.dp_rank] for update in updates]
+
+    def metrics(self) -> dict[str, float]:
+        """Rewards and lengths of the step, in verl's names."""
+        rewards = self.rewards
+        responses = torch.tensor([row.response_length for row in self.rows], dtype=torch.float32)
+        cut = [row.finish_reason == "length" for row in self.rows]
+        out = {
+            "reward/mean": rewards.mean().item(),
+            "reward/std": rewards.std(correction=0).item(),
+            "frac_reward_zero_std": zero_variance_fraction(rewards, self.groups),
+            "reward/errors": float(len(self.errors)),
+            "response_length/mean": responses.mean().item(),
+            "response_length/max": responses.max().item(),
+            "response_length/min": responses.min().item(),
+            "response_length/clip_ratio": sum(cut) / len(cut),
+            "prompt_length/mean": sum(row.prompt_length for row in self.rows) / len(self.rows),
+        }
+        for name in self.rows[0].result.parts:
+            out[f"reward/{name}"] = sum(row.result.parts[name] for row in self.rows) / len(self.rows)
+        return out
+
+
+class Sampler:
+    """The rollout side of a run: engines and rewards. Every method is a collective over all ranks.
+
+    The engine holds the device's memory from a push to the end of the next rollout, and sleeps while the trainer works.
+    """
+
+    def __init__(self, cfg: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerBase, phases: Phases) -> None:
+        """Start the engines with the weights of ``cfg.model.path``. Build the sampler before the trainer: vLLM measures the
+        memory that is free. It sleeps until the first `push`."""
+        self.cfg = cfg
+        self.mesh = mesh
+        self.tokenizer = tokenizer
+        self.phases = phases
+        self.engine = VLLMEngine(
+            cfg.model.path,
+            cfg.rollout,
+            dtype=cfg.rollout.dtype or cfg.model.dtype,
+            device_type=mesh.device.type,
+            max_model_len=cfg.rollout.max_model_len or cfg.data.max_prompt_length + cfg.rollout.max_response_length,
+            seed=cfg.run.seed,
+        )
+        self.engine.sleep()
+        self.leads = mesh.rank % cfg.rollout.tensor_parallel_size == 0
+        self.rewards = RewardWorkers(cfg.reward) if self.leads else None
+
+    def rollout(self, prompts: list[Prompt], step: int) -> Rollout:
+        """Sample and score the step's prompts. Raises EmptyStepError if no group could be scored whole."""
+        r = self.cfg.rollout
+        sampling = Sampling(
+            r.num_generations_per_prompt, r.max_response_length, r.temperature, r.top_p, r.top_k, r.stop_token_ids
+        )
+        rollout = self._sample(prompts, sampling, seed=self._seed(step))
+        self.engine.sleep()
+        return rollout
+
+    def validate(self, prompts: Sequence[Prompt]) -> dict[str, float]:
+        """Accuracy of held-out prompts: the mean reward total (pass@1 where the reward is 0 or 1), and response lengths."""
+        v, r = self.cfg.validation, self.cfg.rollout
+        sampling = Sampling(
+            v.val_num_generations_per_prompt,
+            r.max_response_length,
+            v.val_temperature,
+            v.val_top_p,
+            stop_token_ids=r.stop_token_ids,
+        )
+        # The same seed at every validation: a change of accuracy is a change of the model.
+        rollout = self._sample(list(prompts), sampling, seed=self._seed(0))
+        metrics = rollout.metrics()
+        return {
+            "val/accuracy": metrics["reward/mean"],
+            "val/response_length": metrics["response_length/mean"],
+            "val/clip_ratio": metrics["response_length/clip_ratio"],
+            "val/num_samples": float(len(rollout.rows)),
+            "val/errors": float(len(rollout.errors)),
+        }
+
+    def close(self) -> None:
+        if self.rewards:
+            self.rewards.close()
+        self.engine.close()
+
+    def _seed(self, step: int) -> int:
+        """One seed a step and engine, in 63 bits: distinct for every (run.seed, step, replica) that occurs."""
+        return ((self.cfg.run.seed * 1_000_003 + step) * 10_007 + self.engine.replica) % 2**63
+
+    def _sample(self, prompts: list[Prompt], sampling: Sampling, seed: int) -> Rollout:
+        share = range(self.engine.replica, len(prompts), self.engine.num_replicas)
+        with self.phases("generate"):
+            tokens = [prompts[i].tokens for i in share]
+            completions = self.engine.generate(tokens, sampling, seed) if tokens else []
+        if not self.leads:
+            completions = []
+        rows, samples = [], []
+        with self.phases("reward"):
+            results = self._score([prompts[i] for i in share], completions)
+            for i, group, scored in zip(share, completions, results, strict=False):
+                for k, (completion, result) in enumerate(zip(group, scored, strict=True)):
+                    prompt = prompts[i]
+                    length = len(completion.tokens)
+                    rows.append(Row(i, k, len(prompt.tokens), length, completion.finish_reason, result))
+                    sample = Sample(prompt.id, k, prompt.tokens + completion.tokens, len(prompt.tokens))
+                    sample.rollout_logps = torch.tensor(completion.logps)
+                    samples.append(sample)
+            # Waiting for the slowest engine's rewards is part of the phase.
+            everywhere = [row for part in gather_objects(rows, self.mesh.host_group) for row in part]
+        return self._whole_groups(everywhere, dict(zip([(r.prompt, r.index) for r in rows], samples, strict=True)))
+
+    def _score(self, prompts: list[Prompt], completions: list[list[Completion]]) -> list[list[RewardResult]]:
+        inputs = []
+        for prompt, group in zip(prompts, completions, strict=False):
+            texts = self.tokenizer.batch_decode([c.tokens for c in group], skip_special_tokens=True)
+            for k, (completion, text) in enumerate(zip(group, texts, strict=True)):
+                columns = dict(prompt.fields) | {
+                    "completions": text,
+                    "prompts": prompt.text,
+                    "answers": prompt.answer,
+                    "completion_ids": completion.tokens,
+                    "finish_reasons": completion.finish_reason,
+                }
+                inputs.append(RewardInput(prompt.id, k, columns))
+        results = iter(self.rewards.score(inputs)) if self.rewards and inputs else iter([])
+        return [[next(results) for _ in group] for group in completions]
+
+    def _whole_groups(self, rows: list[Row], samples: dict[tuple[int, int], Sample]) -> Rollout:
+        """Drop every group with a sample that could not be scored: a group's advantages need all of it."""
+        errors = [row.result.error for row in rows if row.result.error]
+        broken = {row.prompt for row in rows if row.result.error}
+        kept = sorted((row for row in rows if row.prompt not in broken), key=lambda row: (row.prompt, row.index))
+        if not kept:
+            raise EmptyStepError(f"no group of this step could be scored; the first of {len(errors)} errors: {errors[0]}")
+        mine = {at: samples[row.prompt, row.index] for at, row in enumerate(kept) if (row.prompt, row.index) in samples}
+        return Rollout(kept, errors, mine, self.mesh)

@@ -1,0 +1,405 @@
+"""vLLM in the trainer's process: generate, sleep, wake, load_weights, close.
+
+Contract
+- Token in, token out: prompts and completions are token ids; vLLM never sees a tokenizer.
+- `tensor_parallel_size` consecutive ranks form one engine (a replica). All ranks of the job construct, load and close
+  their engines together; within a replica all ranks call `generate` with the same arguments and get the same result.
+- `generate` is a function of (weights, prompts, sampling, seed). vLLM keeps no random state of its own, starts every
+  call with an empty prefix cache, and the trainer's generators are left untouched.
+- A completion's `logps[i]` is the log-prob of `tokens[i]` under the distribution it was sampled from: after temperature,
+  top-p and top-k. Greedy tokens (temperature 0) carry their log-prob at temperature 1. The EOS or stop token that ended
+  a completion is its last token.
+- Between `sleep` and `wake` nothing can be generated. On a GPU sleeping gives memory back (level 1: weights wait in host
+  memory; level 2: they are dropped, and `load_weights` must bring new ones); on a CPU there is nothing to give back, but
+  the same order of calls is demanded.
+- vLLM is imported when the first engine is made. Everything else in the process stays the trainer's (`vllm_process`).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megarl.rollout.vllm_process import SharedProcess, leave_process_groups, set_environment
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput, SamplingParams
+    from vllm.engine.arg_utils import EngineArgs
+
+    from megarl.config import RolloutConfig
+
+_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+_HEAD = "lm_head.weight"
+
+
+class RolloutError(RuntimeError):
+    """The engine was asked for something it cannot do; the message says what to change."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. `temperature` 0 is greedy; `top_k` -1 means all tokens."""
+
+    n: int = 1
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    stop_token_ids: Sequence[int] = field(default_factory=tuple)
+
+    def __post_init__(self) -> None:
+        if self.n < 1 or self.max_tokens < 1:
+            raise ValueError(f"n={self.n} and max_tokens={self.max_tokens} must be at least 1")
+        # vLLM silently raises a temperature below 0.01 to 0.01: the log-probs would be those of another policy.
+        if self.temperature != 0 and not 0.01 <= self.temperature <= 2:
+            raise ValueError(f"temperature={self.temperature}: give 0 (greedy) or a value from 0.01 to 2")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One sampled response."""
+
+    tokens: list[int]  # [T], the EOS or stop token included
+    logps: list[float]  # [T]
+    finish_reason: str  # "stop" or "length"
+
+
+class VLLMEngine:
+    """This rank's part of one vLLM engine."""
+
+    def __init__(
+        self, model_path: str, rollout: RolloutConfig, *, dtype: str, device_type: str, max_model_len: int, seed: int
+    ) -> None:
+        """Start the engine with the weights in `model_path`. `seed` must be the same on all ranks of an engine."""
+        self._on_cpu = device_type != "cuda"
+        self._sleep_level = rollout.sleep_level
+        self._max_model_len = max_model_len
+        self._asleep: set[str] = set()
+        self._weights_ready = True
+        self._closed = False
+        self._owns_default_group = not dist.is_initialized()
+        world = 1 if self._owns_default_group else dist.get_world_size()
+        rank = 0 if self._owns_default_group else dist.get_rank()
+        tp = rollout.tensor_parallel_size
+        if world % tp:
+            raise RolloutError(
+                f"rollout.tensor_parallel_size={tp} does not divide the {world} ranks; under torchrun, initialise"
+                " torch.distributed before the engine"
+            )
+        self.replica = rank // tp
+        self.num_replicas = world // tp
+        self._expected_names = _checkpoint_names(Path(model_path))
+        set_environment(device_type)
+        self._process = SharedProcess(device_type)
+        with self._process.vllm(), self._process.starting():
+            from vllm.engine.arg_utils import EngineArgs
+            from vllm.v1.engine.llm_engine import LLMEngine
+
+            args = EngineArgs(
+                **self._arguments(model_path, rollout, dtype),
+                # One rank alone needs no launcher's variables. With more, vLLM joins the groups that exist.
+                distributed_executor_backend="uni" if world == 1 else "external_launcher",
+                max_model_len=max_model_len,
+                seed=seed,
+            )
+            config = _checked_config(args)
+            self._vocab_size = config.model_config.get_vocab_size()
+            # LLMEngine and not LLM: the same loop without its progress bars and chat-template warm-up.
+            self._engine: LLMEngine | None = LLMEngine.from_vllm_config(config, disable_log_stats=True)
+            # It would shut the engine down whenever Python collects it, the trainer's process groups included.
+            self._engine.engine_core._finalizer.detach()
+            [self._tied] = self._engine.apply_model(_head_is_tied)
+
+    def _arguments(self, model_path: str, rollout: RolloutConfig, dtype: str) -> dict[str, Any]:
+        arguments: dict[str, Any] = {
+            "model": model_path,
+            "skip_tokenizer_init": True,  # token in, token out; also saves start-up time
+            "dtype": _DTYPES[dtype],
+            "tensor_parallel_size": rollout.tensor_parallel_size,
+            "max_num_seqs": rollout.max_num_seqs,
+            "max_num_batched_tokens": rollout.max_num_batched_tokens,
+            "logprobs_mode": "processed_logprobs",
+            "disable_log_stats": True,
+            "use_tqdm_on_load": False,
+        }
+        if self._on_cpu:
+            # Compiling takes longer than a CPU run gains from it. An explicit cache size also spares the profile run.
+            return arguments | {"enforce_eager": True, "kv_cache_memory_bytes": int(rollout.kv_cache_gb * 2**30)}
+        return arguments | {
+            "enforce_eager": rollout.enforce_eager,
+            "gpu_memory_utilization": rollout.gpu_memory_utilization,
+            "enable_sleep_mode": True,
+        }
+
+    # --- generate -----------------------------------------------------------------------------------------------------
+
+    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[list[Completion]]:
+        """Sample `sampling.n` completions for each prompt; the same call with the same seed gives the same tokens."""
+        self._refuse_unless_ready()
+        self._refuse_bad_prompts(prompts)
+        with self._process.vllm():
+            # vLLM draws from torch's default generators (V1 model runner) or from numpy's (V2).
+            torch.manual_seed(seed)
+            np.random.seed(seed % 2**32)
+            # A prefix computed in an earlier call is split into other kernels than a fresh one: not bitwise the same.
+            self._engine.reset_prefix_cache()
+            outputs = self._run(prompts, _sampling_params(sampling))
+        # vLLM refuses n > 1 at temperature 0, where all n are equal anyway.
+        copies = sampling.n if sampling.temperature == 0 else 1
+        return [_completions(outputs[index]) * copies for index in range(len(prompts))]
+
+    def _run(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> dict[int, RequestOutput]:
+        from vllm import TokensPrompt
+
+        for index, prompt in enumerate(prompts):
+            self._engine.add_request(str(index), TokensPrompt(prompt_token_ids=list(prompt)), params)
+        finished: dict[int, RequestOutput] = {}
+        while self._engine.has_unfinished_requests():
+            finished.update({int(output.request_id): output for output in self._engine.step() if output.finished})
+        return finished
+
+    def _refuse_unless_ready(self) -> None:
+        if self._closed:
+            raise RolloutError("the engine is closed; make a new one")
+        if self._asleep:
+            raise RolloutError(f"the engine sleeps ({', '.join(sorted(self._asleep))}): call wake() before generate()")
+        if not self._weights_ready:
+            raise RolloutError(
+                "the engine has no usable weights (dropped by sleep level 2, or a load that failed): call load_weights()"
+            )
+
+    def _refuse_bad_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
+        # Checked before the first request is queued: an error in the middle would leave the others in the scheduler.
+        for index, prompt in enumerate(prompts):
+            if not 0 < len(prompt) < self._max_model_len:
+                raise RolloutError(
+                    f"prompt {index} has {len(prompt)} tokens; it needs at least 1 and room for a response within"
+                    f" max_model_len={self._max_model_len}"
+                )
+            if min(prompt) < 0 or max(prompt) >= self._vocab_size:
+                raise RolloutError(
+                    f"prompt {index} has token ids from {min(prompt)} to {max(prompt)}, but the model's vocabulary has"
+                    f" {self._vocab_size}: was it made with another tokenizer?"
+                )
+
+    # --- weights ------------------------------------------------------------------------------------------------------
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Replace all weights by `(Hugging Face name, whole tensor)` pairs, each rank keeping its own shard.
+
+        vLLM holds on to a tensor until the last one of its layer has arrived (q, k and v make one parameter): do not
+        overwrite a tensor once it was yielded. The iterator runs as the trainer's code, and may use collectives.
+        """
+        if self._closed or "weights" in self._asleep:
+            raise RolloutError("load_weights() needs an open engine with its weights awake: call wake_weights() first")
+        self._weights_ready = False
+        given: set[str] = set()
+        trainer = self._process.trainer_attributes()
+        with self._process.vllm():
+            if self._on_cpu:
+                self._engine.apply_model(_forget_prepacked_experts)
+            try:
+                incoming = self._incoming(iter(weights), given, trainer)
+                self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": incoming})
+            except BaseException:
+                # Otherwise the next load would count this one's tensors as its own and finish layers too early.
+                self._engine.collective_rpc(_end_reload)
+                raise
+            if self._on_cpu:
+                self._engine.apply_model(_pack_output_layer)
+            self._engine.reset_prefix_cache()
+        missing = self._expected_names - given - ({_HEAD} if self._tied else set())
+        if missing:
+            raise RolloutError(
+                f"{len(missing)} of {len(self._expected_names)} weights did not arrive in vLLM: {_some(missing)}."
+                " Its layers are incomplete now; load a whole set"
+            )
+        self._weights_ready = True
+
+    def _incoming(
+        self, weights: Iterator[tuple[str, torch.Tensor]], given: set[str], trainer: list[Any]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        while True:
+            with self._process.trainer(trainer):
+                item = next(weights, None)
+            if item is None:
+                return
+            name = item[0]
+            if self._tied and name == _HEAD:
+                continue  # it is the embedding, which comes under its own name
+            if name not in self._expected_names:
+                raise RolloutError(
+                    f"weight {name!r} is not in the checkpoint that vLLM was built from, which has"
+                    f" {_some(self._expected_names)}"
+                )
+            if name in given:
+                raise RolloutError(f"weight {name!r} arrived twice")
+            given.add(name)
+            yield item
+
+    # --- memory -------------------------------------------------------------------------------------------------------
+
+    def sleep(self) -> None:
+        """Give the device's memory to the trainer. The KV cache is dropped; the weights go where the level says."""
+        if self._closed or self._asleep:
+            return
+        with self._process.vllm():
+            if self._on_cpu:  # vLLM's CPU worker only logs that it cannot sleep
+                self._engine.reset_prefix_cache()
+            else:
+                self._engine.sleep(level=self._sleep_level)
+        self._asleep = {"weights", "kv_cache"}
+        self._weights_ready = self._weights_ready and self._sleep_level == 1
+
+    def wake(self) -> None:
+        """Weights first, then the KV cache."""
+        self.wake_weights()
+        self.wake_kv_cache()
+
+    def wake_weights(self) -> None:
+        """Make room for weights only, so that `load_weights` can run before the KV cache takes its memory."""
+        self._wake("weights")
+
+    def wake_kv_cache(self) -> None:
+        """Allocate the KV cache again."""
+        self._wake("kv_cache")
+
+    def _wake(self, tag: str) -> None:
+        if tag not in self._asleep:
+            return
+        if not self._on_cpu:
+            with self._process.vllm():
+                self._engine.wake_up(tags=[tag])
+        self._asleep.remove(tag)
+
+    def close(self) -> None:
+        """Free everything; the trainer's process groups stay. All ranks close together. Another engine may follow."""
+        if self._closed:
+            return
+        self._closed = True
+        with self._process.vllm():
+            core = self._engine.engine_core.engine_core
+            # EngineCore.shutdown() in its parts: as a whole it would also destroy the trainer's process groups.
+            core.structured_output_manager.clear_backend()
+            core.model_executor.shutdown()
+            core.scheduler.shutdown()
+            del core
+            self._engine = None
+            gc.collect()
+            leave_process_groups(self._owns_default_group)
+
+
+def _checked_config(args: EngineArgs) -> Any:
+    """vLLM's config, refused early where its CPU attention has no kernel for the model (it would die inside one)."""
+    from vllm.platforms import current_platform
+
+    config = args.create_engine_config()
+    model = config.model_config
+    if current_platform.is_cpu() and not model.use_mla:
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        sizes = CPUAttentionBackend.get_supported_head_sizes()
+        if model.get_head_size() not in sizes:
+            raise RolloutError(
+                f"{model.model} has attention heads of size {model.get_head_size()} (hidden_size / num_attention_heads);"
+                f" vLLM's CPU attention knows {sizes}"
+            )
+    return config
+
+
+def _sampling_params(sampling: Sampling) -> SamplingParams:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        n=1 if sampling.temperature == 0 else sampling.n,
+        max_tokens=sampling.max_tokens,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        stop_token_ids=list(sampling.stop_token_ids),
+        logprobs=0,  # of the sampled token alone
+        flat_logprobs=True,  # one list instead of a dict per token
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _completions(output: RequestOutput) -> list[Completion]:
+    completions = []
+    for sample in sorted(output.outputs, key=lambda sample: sample.index):
+        tokens, logps = list(sample.token_ids), list(sample.logprobs.logprobs)
+        if sample.finish_reason not in ("stop", "length") or len(tokens) != len(logps):
+            raise RolloutError(
+                f"vLLM ended prompt {output.request_id}, sample {sample.index} with {sample.finish_reason!r},"
+                f" {len(tokens)} tokens and {len(logps)} log-probs"
+            )
+        completions.append(Completion(tokens, logps, sample.finish_reason))
+    return completions
+
+
+def _forget_prepacked_experts(model: torch.nn.Module) -> None:
+    """Make a reload pack experts for the CPU kernel again.
+
+    vLLM takes a second load for an update in place and skips the packing (`UnquantizedFusedMoEMethod._setup_kernel`:
+    `is_weight_update = self.moe_kernel is not None`), so the same weights give other log-probs, by 0.02 to 0.16.
+    """
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)  # only vLLM's own layers have one
+        if hasattr(method, "moe_kernel"):
+            method.moe_kernel = None
+
+
+def _pack_output_layer(model: torch.nn.Module) -> None:
+    """Make the output layer follow a reload of tied embeddings.
+
+    It gets no weight of its own then, so vLLM leaves the copy alone that it packed for the CPU kernel at the first load:
+    log-probs would come from the first weights for ever.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    for module in model.modules():
+        if isinstance(module, ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
+
+
+def _head_is_tied(model: torch.nn.Module) -> bool:
+    """What vLLM made of it, which also looks at whether the checkpoint holds an output layer of its own."""
+    return _HEAD not in dict(model.named_parameters())  # a shared parameter is listed once, as the embedding
+
+
+def _end_reload(worker: Any) -> None:
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+    runner = worker.model_runner
+    finalize_layerwise_reload(runner.get_model(), runner.model_config)
+
+
+def _checkpoint_names(path: Path) -> frozenset[str]:
+    """The weights' names in a Hugging Face directory: vLLM built its model from them, so a load has to bring them."""
+    from safetensors import safe_open
+
+    index = path / "model.safetensors.index.json"
+    if index.exists():
+        return frozenset(json.loads(index.read_text())["weight_map"])
+    names: set[str] = set()
+    for file in sorted(path.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            names.update(tensors.keys())
+    if not names:
+        raise RolloutError(f"{path} holds no *.safetensors file; give a Hugging Face model directory as model.path")
+    return frozenset(names)
+
+
+def _some(names: Iterable[str], most: int = 5) -> str:
+    ordered = sorted(names)
+    more = f" and {len(ordered) - most} more" if len(ordered) > most else ""
+    return ", ".join(ordered[:most]) + more

@@ -1,0 +1,61 @@
+"""What every rank runs: ``torchrun ... -m megarl.train recipe.yaml [key=value ...]``.
+
+Loads the config (exit code 2 with every problem listed, before any process group), joins the mesh, runs the algorithm, and
+leaves with all ranks. A rank that fails says who and where it is, and which ranks it was perhaps waiting for.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+from megarl.config import Config, ConfigError, load, world_size
+
+EXIT_CONFIG = 2
+
+
+def main(argv: list[str]) -> int:
+    try:
+        cfg = load(argv)
+    except ConfigError as problems:
+        if os.environ.get("RANK", "0") == "0":
+            print(problems, file=sys.stderr)
+        return EXIT_CONFIG
+    return run(cfg)
+
+
+def run(cfg: Config) -> int:
+    """Train on this rank; the exit code."""
+    # Imported here: these cost seconds, which a wrong config should not.
+    from megarl.algorithms import ALGORITHMS
+    from megarl.observe.run import Run
+    from megarl.parallel.mesh import build_mesh, device_name
+    from megarl.parallel.watchdog import Watchdog, die_with_parent
+
+    die_with_parent()
+    mesh = build_mesh(cfg)
+    watchdog = Watchdog(cfg.run.deadline_s)
+    try:
+        run = Run(
+            cfg,
+            rank=mesh.rank,
+            world_size=world_size(cfg),
+            layout=mesh.describe(),
+            device_name=device_name(mesh.device),
+            watchdog=watchdog,
+        )
+        ALGORITHMS[cfg.algorithm](cfg, run, mesh)
+        run.finish()
+        mesh.close()
+    except Exception as error:
+        traceback.print_exc()
+        print(watchdog.explain(error), file=sys.stderr, flush=True)
+        # Interpreter exit would wait for collectives of the others; the launcher ends them when it sees this one gone.
+        os._exit(1)
+    watchdog.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

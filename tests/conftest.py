@@ -1,0 +1,58 @@
+"""Fixtures that many tests share: ranks that stay, and tiny Hugging Face models of every family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.ranks import RankPool
+
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 131,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.1,
+}
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    """Four processes that import megatron-core once."""
+    pool = RankPool(4)
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def tiny_hf(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """``tiny_hf("qwen2", tie_word_embeddings=True)``: a directory with a random model of that family, made once a session."""
+    made: dict[str, Path] = {}
+
+    def make(family: str, **changes: Any) -> Path:
+        key = f"{family}-{sorted(changes.items())}"
+        if key not in made:
+            made[key] = _save_random(family, tmp_path_factory.mktemp(family), changes)
+        return made[key]
+
+    return make
+
+
+def _save_random(family: str, path: Path, changes: dict[str, Any]) -> Path:
+    import torch
+    from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+
+    torch.manual_seed(len(family))
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**TINY | changes)).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:  # norms at 1 and biases at 0 would hide a mistake
+                parameter.uniform_(0.5, 1.5)
+    model.save_pretrained(path)
+    return path

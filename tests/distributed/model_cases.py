@@ -1,0 +1,111 @@
+"""Cases that `RankPool` runs: the model and engine on some layout, returning what tests compare."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from megarl.config import load
+from megarl.data.records import MicroBatch, Sample
+from megarl.model.engine import Engine, HostWeights
+from megarl.model.family import read_spec
+from megarl.parallel.mesh import Mesh, build_mesh
+from megarl.weights.convert import WeightStream, save_hf
+
+
+def engine_of(
+    recipe: str, model: str, overrides: list[str], temperature: float = 1.0, mesh: Mesh | None = None
+) -> Engine:
+    cfg = load([recipe, f"model.path={model}", *overrides])
+    return Engine(cfg, mesh or build_mesh(cfg), read_spec(model), temperature=temperature, total_updates=10)
+
+
+def logits(recipe: str, model: str, overrides: list[str], tokens: list[int]) -> np.ndarray:
+    return engine_of(recipe, model, overrides).logits(Sample("a", 0, tokens, 1)).numpy()
+
+
+def streamed(recipe: str, model: str, overrides: list[str], bucket_bytes: int, save_to: str) -> dict[str, np.ndarray]:
+    """The whole model as HF tensors, from small buckets; also written to ``save_to``."""
+    engine = engine_of(recipe, model, overrides)
+    stream = engine.stream(bucket_bytes)
+    save_hf(stream, save_to, carry_from=model)
+    return {name: tensor.numpy() for name, tensor in stream}
+
+
+def bytes_read(recipe: str, model: str, overrides: list[str]) -> tuple[int, int]:
+    """(bytes that loading read, bytes of this rank's parameters without vocabulary padding)."""
+    from megarl.model.build import build_model
+    from megarl.weights.convert import load_hf
+    from megarl.weights.hf_files import HFCheckpoint
+
+    cfg = load([recipe, f"model.path={model}", *overrides])
+    mesh = build_mesh(cfg)
+    with mesh.platform():
+        spec = read_spec(model)
+        built = build_model(cfg, spec, mesh, temperature=1.0)
+        read = load_hf(built, spec, mesh, HFCheckpoint(model))
+    padding = sum(p.numel() for p in built.parameters() if p.shape[0] > 0 and bool((p == 0).all()))
+    return read, 4 * (sum(p.numel() for p in built.parameters()) - padding)
+
+
+def logps(recipe: str, model: str, overrides: list[str], samples: list[dict[str, Any]], temperature: float) -> list[np.ndarray]:
+    """Log-probabilities of this replica's share of the samples: every dp-th one."""
+    engine = engine_of(recipe, model, overrides, temperature)
+    mine = [Sample(**s) for s in samples]
+    return [x.numpy() for x in engine.logps(mine)]
+
+
+def sequence_loss(values: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """A loss with a token part, a part that needs the whole sequence, and an entropy part: a wrong join cannot pass."""
+    lengths = batch.per_sequence(torch.ones_like(values))
+    mean = batch.per_sequence(values) / lengths.clamp(min=1)
+    loss = -batch.advantages * values + mean.exp()[batch.sequence] + 0.1 * batch.entropy
+    return loss, {"value": values}
+
+
+def one_step(
+    recipe: str, model: str, overrides: list[str], samples: list[dict[str, Any]], mode: str
+) -> tuple[dict[str, float], dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """One update. Returns (metrics, every gradient, every weight after it) in HF names."""
+    engine = engine_of(recipe, model, overrides)
+    mesh = engine.mesh
+    mine = []
+    for i, fields in enumerate(samples):
+        if i % mesh.dp_size == mesh.dp_rank:
+            sample = Sample(**fields)
+            sample.advantage = 1.0 if i % 3 else -0.5
+            mine.append(sample)
+    metrics = engine.step(mine, sequence_loss, loss_agg_mode=mode)
+    grads = {}
+    if not engine.cfg.optimizer.use_distributed_optimizer:  # else each rank has only its shard of them
+        gradients = WeightStream(engine.model.module, engine.spec, mesh, 1 << 20, value=lambda p: p.main_grad)
+        grads = {name: tensor.numpy() for name, tensor in gradients}
+    return metrics, grads, {name: tensor.numpy() for name, tensor in engine.stream(1 << 20)}
+
+
+def reference_swap(recipe: str, model: str, overrides: list[str], samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Two updates with the reference held in between, and the same two without."""
+    outcomes = []
+    mesh = build_mesh(load([recipe, f"model.path={model}", *overrides]))
+    for with_reference in (True, False):
+        engine = engine_of(recipe, model, overrides, mesh=mesh)
+        reference = HostWeights(engine.model)
+        batch = [Sample(**fields) for fields in samples]
+        for sample in batch:
+            sample.advantage = 1.0
+        first = engine.logps(batch)
+        engine.step(batch, sequence_loss)
+        kept = None
+        if with_reference:
+            with engine.holding(reference):
+                kept = engine.logps(batch)
+        moved = engine.logps(batch)
+        engine.step(batch, sequence_loss)
+        outcomes.append({name: tensor.clone() for name, tensor in engine.stream(1 << 20)})
+        if kept is not None:
+            same = all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))
+            differ = not any(torch.equal(a, b) for a, b in zip(first, moved, strict=True))
+    equal = all(torch.equal(outcomes[0][name], outcomes[1][name]) for name in outcomes[0])
+    return {"reference_is_the_start": same, "policy_moved": differ, "training_undisturbed": equal}

@@ -1,0 +1,85 @@
+"""Ranks that stay: a pool of processes that import megatron once and then run many cases, each in a fresh mesh.
+
+A case is a module-level function ``case(cfg, **kwargs)``. It runs on ranks 0 to world - 1 of the pool with torchrun's
+environment set; what it returns on each rank comes back as a list.
+"""
+
+from __future__ import annotations
+
+import importlib
+import multiprocessing
+import os
+import socket
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+CASE_TIMEOUT_S = 120
+
+
+class RankPool:
+    def __init__(self, size: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, case: Callable[..., Any], world: int, **kwargs: Any) -> list[Any]:
+        """Run ``case(**kwargs)`` on ``world`` ranks. Raises AssertionError with every failed rank's traceback."""
+        port = _free_port()
+        for pipe in self.pipes[:world]:
+            pipe.send((case.__module__, case.__name__, world, port, kwargs))
+        results, errors = [], []
+        for rank, pipe in enumerate(self.pipes[:world]):
+            if not pipe.poll(CASE_TIMEOUT_S):
+                raise AssertionError(f"rank {rank} did not answer within {CASE_TIMEOUT_S} s; {errors}")
+            value, error = pipe.recv()
+            results.append(value)
+            errors += [f"rank {rank}:\n{error}"] if error else []
+        assert not errors, "\n".join(errors)
+        return results
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.close()
+        for process in self.processes:
+            process.join(5)
+            process.kill()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _serve(rank: int, pipe: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            module, name, world, port, kwargs = pipe.recv()
+        except EOFError:
+            return
+        os.environ.update(
+            {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        )
+        try:
+            case = getattr(importlib.import_module(module), name)
+            pipe.send((case(**kwargs), None))
+        except Exception:  # the test in the parent raises it, with this traceback
+            pipe.send((None, traceback.format_exc()))
+        if dist.is_initialized():
+            from megatron.core import parallel_state
+
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()

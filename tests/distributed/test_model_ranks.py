@@ -1,0 +1,190 @@
+"""The gates of model and engine, on real ranks: equal to transformers, and equal to one rank."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.distributed import model_cases
+
+FAMILIES = {
+    "llama": {},
+    "mistral": {"sliding_window": 8},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 32},
+}
+ROPE = {"rope_theta": 1e4, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LAYOUTS = {
+    "1 rank": (1, 1, 1, 1),
+    "TP2": (2, 2, 1, 0),
+    "TP2 SP": (2, 2, 1, 1),
+    "TP4 SP": (4, 4, 1, 1),  # more ranks than the two KV heads
+    "PP2": (2, 1, 2, 0),
+    "TP2 SP PP2": (4, 2, 2, 1),
+    "DP2": (2, 1, 1, 0),
+    "DP2 PP2": (4, 1, 2, 0),
+    "DP2 TP2 SP": (4, 2, 1, 1),
+}
+
+
+def layout(name: str) -> tuple[int, list[str]]:
+    world, tp, pp, sp = LAYOUTS[name]
+    return world, [
+        f"cluster.gpus_per_node={world}",
+        f"parallel.tensor_model_parallel_size={tp}",
+        f"parallel.pipeline_model_parallel_size={pp}",
+        f"parallel.sequence_parallel={bool(sp and tp > 1)}",
+    ]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipe")
+    (folder / "data.jsonl").write_text("")
+    path = folder / "recipe.yaml"
+    path.write_text(
+        "algorithm: sft\n"
+        "cluster: {device: cpu}\n"
+        "model: {dtype: fp32}\n"
+        f"data: {{path: {folder / 'data.jsonl'}, max_prompt_length: 32}}\n"
+        "rollout: {max_response_length: 32}\n"
+        "train: {train_global_batch_size: 4}\n"
+        # The update must not amplify noise: Adam divides by sqrt(v), which eps 1 keeps away from 0.
+        "optimizer: {lr: 0.1, clip_grad: 0.0, adam_eps: 1.0, use_distributed_optimizer: false}\n"
+    )
+    return str(path)
+
+
+def random_samples(lengths, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    draw = [torch.randint(0, 131, (n,), generator=generator).tolist() for n in lengths]
+    return [
+        {"prompt_id": f"p{i}", "index": 0, "tokens": tokens, "prompt_length": 1 + i % 3} for i, tokens in enumerate(draw)
+    ]
+
+
+def hf_logits(path, tokens):
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        return model(torch.tensor([tokens])).logits[0].numpy()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_transformers(ranks, tiny_hf, recipe, family):
+    path = str(tiny_hf(family, **FAMILIES[family]))
+    tokens = random_samples([40])[0]["tokens"]
+    expected = hf_logits(path, tokens[:-1])
+    for name in ("1 rank", "TP2", "TP4 SP", "PP2", "TP2 SP PP2"):
+        world, overrides = layout(name)
+        for rank, got in enumerate(ranks.run(model_cases.logits, world, recipe=recipe, model=path, overrides=overrides, tokens=tokens)):
+            np.testing.assert_allclose(got, expected, atol=1e-5, rtol=0, err_msg=f"{family}, {name}, rank {rank}")
+
+
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("llama", {"tie_word_embeddings": True, "vocab_size": 129}),
+        ("llama", {"rope_parameters": ROPE | {"original_max_position_embeddings": 16}}),
+        ("llama", {"rope_parameters": {"rope_theta": 1e4, "rope_type": "linear", "factor": 4.0}}),
+        ("qwen2", {"tie_word_embeddings": False, "num_key_value_heads": 1}),
+        ("qwen3", {"head_dim": 32, "tie_word_embeddings": True, "vocab_size": 7}),  # whole ranks of padding
+    ],
+)
+def test_logits_equal_transformers_on_odd_shapes(ranks, tiny_hf, recipe, family, changes):
+    path = str(tiny_hf(family, **changes))
+    tokens = [t % changes.get("vocab_size", 131) for t in random_samples([40])[0]["tokens"]]
+    expected = hf_logits(path, tokens[:-1])
+    for name in ("TP2 SP", "TP2 SP PP2"):
+        world, overrides = layout(name)
+        got = ranks.run(model_cases.logits, world, recipe=recipe, model=path, overrides=overrides, tokens=tokens)
+        np.testing.assert_allclose(got[0], expected, atol=1e-5, rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_come_back_bit_for_bit(ranks, tiny_hf, recipe, tmp_path, family):
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    path = tiny_hf(family, **FAMILIES[family])
+    original = load_file(path / "model.safetensors")
+    for name in ("TP2", "TP4 SP", "PP2", "TP2 SP PP2"):
+        world, overrides = layout(name)
+        out = tmp_path / name
+        arguments = {"recipe": recipe, "model": str(path), "overrides": overrides, "save_to": str(out)}
+        for streamed in ranks.run(model_cases.streamed, world, bucket_bytes=20_000, **arguments):
+            assert streamed.keys() == original.keys()
+            assert all(np.array_equal(streamed[key], original[key].numpy()) for key in original), name
+        written = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict()
+        assert all(torch.equal(written[key], original[key]) for key in original)
+
+
+def test_a_rank_reads_its_own_bytes_only(ranks, tiny_hf, recipe):
+    path = str(tiny_hf("llama", vocab_size=128))  # no vocabulary padding
+    world, overrides = layout("TP4 SP")
+    for read, held in ranks.run(model_cases.bytes_read, world, recipe=recipe, model=path, overrides=overrides):
+        assert read == held
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_packed_logps_equal_one_by_one(ranks, tiny_hf, recipe, temperature):
+    path = str(tiny_hf("qwen2", tie_word_embeddings=True))
+    samples = random_samples([30, 5, 17, 2, 40, 23, 9])
+    expected = []
+    for sample in samples:
+        tokens, start = sample["tokens"], sample["prompt_length"]
+        logps = torch.log_softmax(torch.from_numpy(hf_logits(path, tokens[:-1])) / temperature, -1)
+        expected.append(logps[torch.arange(len(tokens) - 1), tokens[1:]][start - 1 :].numpy())
+    for name in ("1 rank", "TP2 SP", "PP2"):
+        for budget in (64, 200):
+            world, overrides = layout(name)
+            overrides = [*overrides, f"train.logprob_mb_tokens={budget}", "model.logprob_chunk_size=16"]
+            arguments = {"recipe": recipe, "model": path, "overrides": overrides, "samples": samples}
+            for got in ranks.run(model_cases.logps, world, temperature=temperature, **arguments):
+                for a, b in zip(got, expected, strict=True):
+                    np.testing.assert_allclose(a, b, atol=1e-5, rtol=0, err_msg=f"{name}, {budget}")
+
+
+SOME = ("DP2", "DP2 PP2", "DP2 TP2 SP")
+
+
+@pytest.mark.parametrize(
+    "mode, layouts",
+    [
+        ("token-mean", LAYOUTS),
+        ("seq-mean-token-mean", SOME),
+        ("seq-mean-token-sum", SOME),
+        ("seq-mean-token-sum-norm", SOME),
+    ],
+)
+def test_gradients_do_not_depend_on_the_layout(ranks, tiny_hf, recipe, mode, layouts):
+    """Loss, gradient norm, every gradient and every updated weight, against one rank with everything in one microbatch."""
+    path = str(tiny_hf("qwen2", tie_word_embeddings=True))
+    arguments = {"recipe": recipe, "model": path, "samples": random_samples([30, 5, 17, 2, 40, 23, 9, 33]), "mode": mode}
+    world, overrides = layout("1 rank")
+    alone = [*overrides, "train.train_mb_tokens=400"]
+    truth, gradients, weights = ranks.run(model_cases.one_step, 1, overrides=alone, **arguments)[0]
+    for name in layouts:
+        world, overrides = layout(name)
+        for budget, sharded in ((64, False), (100, True)):
+            changed = [*overrides, f"train.train_mb_tokens={budget}", f"optimizer.use_distributed_optimizer={sharded}"]
+            for metrics, grads, after in ranks.run(model_cases.one_step, world, overrides=changed, **arguments):
+                where = f"{name}, microbatches of {budget}"
+                for key in truth:
+                    np.testing.assert_allclose(metrics[key], truth[key], rtol=1e-5, atol=1e-6, err_msg=f"{where}: {key}")
+                for key in grads:
+                    scale = np.abs(gradients[key]).max()
+                    np.testing.assert_allclose(grads[key], gradients[key], rtol=0, atol=1e-5 * scale, err_msg=f"{where}: {key}")
+                for key in weights:
+                    np.testing.assert_allclose(after[key], weights[key], rtol=0, atol=1e-6, err_msg=f"{where}: {key}")
+
+
+@pytest.mark.parametrize("name", ["1 rank", "TP2 SP", "PP2"])
+def test_holding_the_reference_leaves_no_trace(ranks, tiny_hf, recipe, name):
+    world, overrides = layout(name)
+    path = str(tiny_hf("qwen2", tie_word_embeddings=True))
+    arguments = {"recipe": recipe, "model": path, "overrides": overrides, "samples": random_samples([12, 7])}
+    for outcome in ranks.run(model_cases.reference_swap, world, **arguments):
+        assert outcome == {"reference_is_the_start": True, "policy_moved": True, "training_undisturbed": True}

@@ -1,0 +1,318 @@
+"""Configs: everything wrong is said at once, with the place, the arithmetic, and nothing that is only an echo."""
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+
+from megarl.config import Config, ConfigError, load, save, world_size
+from megarl.config_checks import RANGES, in_interval
+
+HF_CONFIG = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "num_hidden_layers": 10,
+    "hidden_size": 56,
+    "intermediate_size": 96,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "vocab_size": 131,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+}
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Callable[..., Path]:
+    """``recipe(yaml, heads=...)``: a recipe beside a model's folder and a data file, both real enough to be checked."""
+
+    def write(text: str = "", **hf: Any) -> Path:
+        model = tmp_path / "model"
+        model.mkdir(exist_ok=True)
+        (model / "config.json").write_text(json.dumps(HF_CONFIG | hf))
+        (tmp_path / "train.jsonl").touch()
+        path = tmp_path / "recipe.yaml"
+        path.write_text(f"model: {{path: {model}}}\ndata: {{path: {tmp_path}/train.jsonl}}\n{text}")
+        return path
+
+    return write
+
+
+def problems(*argv: Any, check_model: bool = True) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load([str(argument) for argument in argv], check_model=check_model)
+    return caught.value.problems
+
+
+# ---- what a good config gives ----
+
+
+def test_defaults_below_recipe_below_overrides(recipe: Callable[..., Path]) -> None:
+    path = recipe("optimizer: {lr: 1e-4, weight_decay: 0.1}\nrun: {name: mine}\nlogger: {name: '${run.name}'}")
+    cfg = load([str(path), "optimizer.lr=3e-5", "model.model_overrides.qk_layernorm=true", "run.max_num_steps=null"])
+    assert (cfg.optimizer.lr, cfg.optimizer.weight_decay, cfg.optimizer.adam_beta2) == (3e-5, 0.1, 0.999)
+    assert cfg.model.model_overrides == {"qk_layernorm": True}
+    assert cfg.logger.name == "mine"
+    assert [function.name for function in cfg.reward.functions] == ["math"]
+
+
+def test_config_is_frozen(recipe: Callable[..., Path]) -> None:
+    cfg = load([str(recipe())])
+    with pytest.raises(FrozenInstanceError):
+        cfg.run.name = "other"  # type: ignore[misc]
+
+
+def test_saved_config_loads_to_the_same(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    text = "reward: {functions: [{name: exact, weight: 2}, {name: 'a.b:c', args: {k: [1]}}]}\nloss: {clip_ratio_c: 3}"
+    cfg = load([str(recipe(text))])
+    save(cfg, tmp_path / "saved.yaml")
+    assert load([str(tmp_path / "saved.yaml")]) == cfg
+
+
+def test_empty_section_is_no_section(recipe: Callable[..., Path]) -> None:
+    assert load([str(recipe("rollout:\n  # temperature: 0.7\n"))]).rollout.temperature == 1.0
+
+
+def test_world_size_is_the_launchers_or_the_recipes(
+    recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = load([str(recipe("cluster: {num_nodes: 2, gpus_per_node: 4}"))])
+    assert world_size(cfg) == 8
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert world_size(cfg) == 3
+
+
+# ---- what is wrong with single values ----
+
+
+def test_all_problems_come_at_once_and_say_where(recipe: Callable[..., Path]) -> None:
+    path = recipe(
+        "optimizer:\n"  # line 3
+        "  lr: fast\n"
+        "  clip_gard: 1.0\n"
+        "rollout:\n"
+        "  max_prompt_length: 5\n"
+        "  stop_token_ids: [[1]]\n"
+        "reward:\n"
+        "  functions:\n"
+        "    - {name: maths}\n"
+        "    - {nam: exact}\n"
+        "loss: {kl_type: k4}\n"
+    )
+    found = problems(path, "loss.entropy_coef=-1", "advantage=5", "train.ppo_epochs=true", "foo", "run.name=[1")
+    assert found[:2] == [
+        "command line: 'foo' is not key=value",
+        "command line: 'run.name=[1' is not valid YAML: " + found[1].partition("not valid YAML: ")[2],
+    ]
+    assert set(found[2:]) == {
+        f"{path}:4: optimizer.lr = 'fast': expected a number",
+        f"{path}:5: unknown key optimizer.clip_gard; did you mean optimizer.clip_grad?",
+        f"{path}:7: unknown key rollout.max_prompt_length; did you mean data.max_prompt_length?",
+        f"{path}:8: rollout.stop_token_ids = [[1]]: expected a list of int",
+        f"{path}:12: unknown key reward.functions[1].nam; did you mean reward.functions[1].name?",
+        f"{path}:12: reward.functions[1].name is missing",
+        f"{path}:13: loss.kl_type = 'k4': expected one of k1, k2, k3",
+        "command line: advantage = 5: expected a section with normalize_by_std, use_leave_one_out_baseline, eps",
+        "command line: train.ppo_epochs = True: expected an integer",
+        "loss.entropy_coef = -1.0 is outside [0, inf)",
+        "reward.functions: unknown reward 'maths'; did you mean math?",
+    }
+
+
+def test_message_lists_every_problem(recipe: Callable[..., Path]) -> None:
+    with pytest.raises(ConfigError, match=r"^2 problems in the config:\n  - .*loss.kl_loss_coef.*\n  - .*run.seed"):
+        load([str(recipe()), "loss.kl_loss_coef=x", "run.seed=y"])
+
+
+def test_mandatory_values(tmp_path: Path) -> None:
+    (tmp_path / "empty.yaml").touch()
+    assert problems(tmp_path / "empty.yaml", check_model=False) == [
+        "data.path is missing: set it in the recipe or as data.path=...",
+        "model.path is missing: set it in the recipe or as model.path=...",
+    ]
+
+
+def test_recipe_that_cannot_be_read(tmp_path: Path) -> None:
+    assert "cannot read the recipe" in problems(tmp_path / "none.yaml")[0]
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    assert "a recipe is a mapping of sections" in problems(tmp_path / "list.yaml")[0]
+    (tmp_path / "twice.yaml").write_text("run: {seed: 1, seed: 2}\n")
+    assert "duplicate key seed" in problems(tmp_path / "twice.yaml")[0]
+    assert "no recipe given" in problems()[0]
+
+
+def test_references(recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "hidden")
+    path = recipe("logger: {name: '${oc.env:SECRET}', project: '${run.nam}'}\noptimizer: {lr: '${run.name}'}")
+    found = problems(path)
+    assert len(found) == 3
+    assert "only plain references" in found[0] and "hidden" not in found[0]
+    assert found[1].endswith("logger.project = '${run.nam}': Interpolation key 'run.nam' not found")
+    assert "optimizer.lr = '${run.name}'" in found[2] and "'run'" in found[2]
+
+
+@pytest.mark.parametrize("name", ["..", "a/b", "../../x", "", "/etc", "a\\b"])
+def test_run_name_is_a_plain_folder_name(recipe: Callable[..., Path], name: str) -> None:
+    assert problems(recipe(), f"run.name='{name}'") == [
+        f"run.name = {name!r} must be a plain folder name, without / or \\"
+    ]
+
+
+def test_run_folder_stays_inside_its_root(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "link").symlink_to(tmp_path / "elsewhere")
+    (found,) = problems(recipe(), f"run.root={tmp_path}/runs", "run.name=link")
+    assert f"leads out of run.root, to {tmp_path}/elsewhere" in found
+
+
+def test_intervals() -> None:
+    assert [in_interval(x, "[0, 1)") for x in (-0.1, 0, 0.5, 1, math.nan)] == [False, True, True, False, False]
+    assert [in_interval(x, "(0, inf)") for x in (0, 1e-9, 1e30, math.inf)] == [False, True, True, False]
+
+
+def test_every_number_has_a_range() -> None:
+    """An out-of-range or non-finite value of any numeric field is caught, so every one is in the table."""
+    numbers = set()
+    for section in fields(Config):
+        if is_dataclass(section.type):
+            for f in fields(section.type):
+                if {int, float} & {f.type, *get_args(f.type)} and f.name != "stop_token_ids":
+                    numbers.add(f"{section.name}.{f.name}")
+    assert numbers == set(RANGES)
+
+
+@pytest.mark.parametrize("value", [".nan", ".inf", "-1e-6"])
+def test_learning_rate_that_is_none(recipe: Callable[..., Path], value: str) -> None:
+    assert problems(recipe(), f"optimizer.lr={value}")[0].endswith("is outside [0, inf)")
+
+
+# ---- what does not fit together ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["cluster.gpus_per_node=6", "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"],
+         "6 ranks cannot be divided by parallel.tensor_model_parallel_size 2 x parallel.pipeline_model_parallel_size 2 = 4: 6 % 4 = 2"),
+        (["cluster.gpus_per_node=6", "rollout.tensor_parallel_size=4"], "6 % 4 = 2"),
+        (["parallel.sequence_parallel=true"], "parallel.tensor_model_parallel_size = 1"),
+        (["train.train_global_batch_size=384"], "64 x rollout.num_generations_per_prompt 8 = 512"),
+        (["train.train_global_batch_size=384"], "512 % 384 = 128"),
+        (["cluster.gpus_per_node=8", "train.train_global_batch_size=4"], "too few for 8 data-parallel ranks"),
+        (["rollout.num_generations_per_prompt=1", "train.train_global_batch_size=64"], "every advantage is r - r = 0"),
+        (["rollout.temperature=0"], "greedy samples"),
+        (["rollout.max_model_len=2000"], "rollout.max_model_len = 2000 is less than the longest sequence: "
+         "data.max_prompt_length 1024 + rollout.max_response_length 1024 = 2048"),
+        (["train.train_mb_tokens=1000"], "train.train_mb_tokens = 1000 is less than the longest sequence"),
+        (["train.logprob_mb_tokens=1000"], "train.logprob_mb_tokens = 1000 is less than the longest sequence"),
+        (["rollout.max_num_batched_tokens=100"], "rollout.max_num_seqs = 256"),
+        (["optimizer.min_lr=1e-3"], "is above optimizer.lr"),
+        (["optimizer.lr_warmup_iters=10", "optimizer.lr_decay_iters=10"], "leaves nothing"),
+        (["validation.val_period=5"], "no data.val_path"),
+        (["data.adapter=gsm9k"], "data.adapter = 'gsm9k' is not one of gsm8k"),
+        (["reward.functions=[]"], "grpo needs a reward"),
+        (["reward.functions=[{name: math}, {name: math}]"], "math more than once"),
+        (["model.recompute_granularity=full", "model.recompute_method=uniform"], "needs model.recompute_num_layers"),
+        (["model.recompute_granularity=selective", "model.recompute_modules=[moe]"], "['moe'] are not among"),
+        (["model.recompute_method=block"], "goes with full recompute"),
+        (["parallel.num_layers_in_first_pipeline_stage=3"], "needs more than one stage"),
+    ],
+)  # fmt: skip
+def test_sizes_that_do_not_fit(recipe: Callable[..., Path], settings: list[str], said: str) -> None:
+    found = problems(recipe(), *settings, check_model=False)
+    assert len(found) == 1, found
+    assert said in found[0]
+
+
+@pytest.mark.parametrize(
+    ("hf", "settings", "said"),
+    [
+        ({}, ["cluster.gpus_per_node=4", "parallel.tensor_model_parallel_size=4"], "14 attention heads cannot be divided by "
+         "parallel.tensor_model_parallel_size 4: 14 % 4 = 2"),
+        ({}, ["cluster.gpus_per_node=4", "rollout.tensor_parallel_size=4"], "14 % 4 = 2"),
+        ({"num_key_value_heads": 7}, ["cluster.gpus_per_node=2", "parallel.tensor_model_parallel_size=2"], "7 % 2 = 1, 2 % 7 = 2"),
+        ({"intermediate_size": 97}, ["cluster.gpus_per_node=2", "parallel.tensor_model_parallel_size=2"], "97 % 2 = 1"),
+        ({}, ["cluster.gpus_per_node=4", "parallel.pipeline_model_parallel_size=4"], "10 layers cannot be divided over "
+         "parallel.pipeline_model_parallel_size 4 stages: 10 % 4 = 2"),
+        ({}, ["cluster.gpus_per_node=4", "parallel.pipeline_model_parallel_size=4", "parallel.num_layers_in_first_pipeline_stage=2"],
+         "10 layers - 2 = 8 cannot be divided over parallel.pipeline_model_parallel_size 4 - 1 = 3 stages: 8 % 3 = 2"),
+        ({"max_position_embeddings": 2000}, [], "max_position_embeddings = 2000 is less than data.max_prompt_length 1024 + "),
+        ({}, ["rollout.max_model_len=3000"], "is more than the model's max_position_embeddings = 2048"),
+        ({"architectures": ["OtherForCausalLM"]}, [], "architecture OtherForCausalLM is not supported"),
+        ({"num_attention_heads": 0}, [], "ZeroDivisionError"),
+    ],
+)  # fmt: skip
+def test_models_that_do_not_fit(
+    recipe: Callable[..., Path], hf: dict[str, Any], settings: list[str], said: str
+) -> None:
+    found = problems(recipe(**hf), *settings)
+    assert len(found) == 1, found
+    assert said in found[0]
+
+
+@pytest.mark.parametrize(
+    ("stages", "first", "last"), [(4, 2, 2), (2, 3, 7), (3, None, 2), (5, None, None)], ids=str
+)
+def test_uneven_stages_that_fit(recipe: Callable[..., Path], stages: int, first: int | None, last: int | None) -> None:
+    """10 layers: 2+3+3+2, 3+7, 4+4+2, 2+2+2+2+2."""
+    given = {"first": first, "last": last}
+    uneven = [f"parallel.num_layers_in_{k}_pipeline_stage={v}" for k, v in given.items() if v is not None]
+    layout = [f"cluster.gpus_per_node={stages}", f"parallel.pipeline_model_parallel_size={stages}"]
+    load([str(recipe()), *layout, *uneven])
+
+
+def test_more_tensor_parallel_ranks_than_key_value_heads_fit(recipe: Callable[..., Path]) -> None:
+    path = recipe(num_attention_heads=16, hidden_size=64)
+    load([str(path), "cluster.gpus_per_node=4", "parallel.tensor_model_parallel_size=4", "rollout.tensor_parallel_size=4"])
+
+
+def test_sft_needs_no_rollout_sizes(recipe: Callable[..., Path]) -> None:
+    unused = ["rollout.max_response_length=100000", "rollout.tensor_parallel_size=5", "reward.functions=[]"]
+    load([str(recipe("algorithm: sft")), *unused])
+
+
+def test_refused_values_have_no_echo(recipe: Callable[..., Path]) -> None:
+    """6 ranks and TP 4 do not fit, but the TP that was meant is unknown; a size of 0 is one problem, not a division."""
+    path = recipe("cluster: {gpus_per_node: 6}\nparallel: {tensor_model_paralel_size: 4, sequence_parallel: true}")
+    assert [found.partition(": ")[2] for found in problems(path)] == [
+        "unknown key parallel.tensor_model_paralel_size; did you mean parallel.tensor_model_parallel_size?"
+    ]
+    assert problems(recipe(), "train.train_global_batch_size=0", check_model=False) == [
+        "train.train_global_batch_size = 0 is outside [1, inf)"
+    ]
+
+
+# ---- what this machine lacks ----
+
+
+def test_files_and_devices_of_this_machine(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    lacking = [f"model.path={tmp_path}/none", "data.path=none.jsonl", "data.val_path=none.parquet"]
+    path = recipe()
+    assert problems(path, *lacking) == [
+        f"model.path = '{tmp_path}/none' is not a folder; it takes a Hugging Face directory on this machine",
+        "data.path = 'none.jsonl': there is no such file",
+        "data.val_path = 'none.parquet': there is no such file",
+    ]
+    load([str(path), *lacking], check_model=False)
+    (tmp_path / "bare").mkdir()
+    assert problems(path, f"model.path={tmp_path}/bare") == [f"model.path = '{tmp_path}/bare' has no config.json"]
+    (tmp_path / "model" / "config.json").write_text("{")
+    assert "JSONDecodeError" in problems(path)[0]
+
+
+def test_cuda_that_is_not_there(recipe: Callable[..., Path]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    assert problems(recipe(), "cluster.device=cuda") == [
+        "cluster.device = cuda, but torch finds no CUDA device (`megarl doctor` says more)"
+    ]

@@ -1,0 +1,255 @@
+"""The observers: phases, metrics files, console lines, the report, FLOPs. Figures are derived by hand in the comments."""
+
+import io
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megarl.observe.console import Console, format_duration, step_line
+from megarl.observe.metrics import MetricsLog, read_metrics
+from megarl.observe.report import phase_rows, plot_rewards, summary
+from megarl.observe.throughput import ModelShape, forward_flops, mfu, tokens_per_second_per_device, train_flops
+from megarl.observe.timers import Phases
+
+PLAIN_LOGGER = SimpleNamespace(wandb_enabled=False, project="megarl", name=None)
+
+
+class RecordingWatchdog:
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def enter(self, name: str) -> None:
+        self.events.append(f"+{name}")
+
+    def leave(self) -> None:
+        self.events.append("-")
+
+
+def records(steps: int = 20) -> list[dict[str, Any]]:
+    """A run as the GRPO loop would record it: validation before the first step, then `steps` steps."""
+    start: list[dict[str, Any]] = [{"step": 0, "val/accuracy": 0.4, "timing_s/validate": 2.0}]
+    return start + [
+        {
+            "step": step,
+            "reward/mean": 0.4 + 0.5 * step / steps,
+            "response_length/mean": 10 + 15 * step / steps,
+            "perf/throughput": 1000.0,
+            "gen_kl_error": 2e-7 * step,
+            "timing_s/generate": 1.0,
+            "timing_s/train": 0.5,
+            "timing_s/step": 2.0,
+        }
+        | ({"val/accuracy": 0.4 + 0.5 * step / steps} if step % 10 == 0 else {})
+        for step in range(1, steps + 1)
+    ]
+
+
+def test_phases_add_up_nest_and_reset() -> None:
+    phases = Phases()
+    with phases("step"):
+        for _ in range(2):
+            with phases("train"):
+                time.sleep(0.01)
+    seconds = phases.pop()
+    assert seconds["timing_s/train"] >= 0.02
+    assert seconds["timing_s/step"] >= seconds["timing_s/train"]
+    assert phases.pop() == {}
+
+
+def test_phases_tell_the_watchdog_also_when_the_block_raises() -> None:
+    watchdog = RecordingWatchdog()
+    phases = Phases(watchdog)
+    with pytest.raises(ZeroDivisionError), phases("generate"), phases("sync"):
+        _ = 1 / 0
+    assert watchdog.events == ["+generate", "+sync", "-", "-"]
+    assert set(phases.pop()) == {"timing_s/generate", "timing_s/sync"}
+
+
+def test_metrics_are_flat_json_lines_and_tensorboard_scalars(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, PLAIN_LOGGER, {"run": {"seed": 1}}, is_writer=True)
+    log.log(1, {"reward/mean": 0.5, "actor/lr": 1e-6})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()  # before close: a killed run keeps its records
+    assert [json.loads(line) for line in lines] == [{"step": 1, "reward/mean": 0.5, "actor/lr": 1e-6}]
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("reward/mean")] == [(1, 0.5)]
+
+
+def test_nonfinite_values_are_valid_json_and_counted(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, PLAIN_LOGGER, {}, is_writer=True)
+    log.log(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1.5})
+    log.close()
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert line == {"step": 1, "a": "NaN", "b": "Infinity", "c": "-Infinity", "d": 1.5, "metrics/nonfinite": 3}
+    (record,) = read_metrics(tmp_path)
+    assert math.isnan(record["a"]) and record["b"] == math.inf and record["c"] == -math.inf
+
+
+def test_a_run_that_goes_on_appends_and_drops_a_half_written_line(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "reward/mean": 0.1}\n{"step": 2, "reward/mean": 0.2}\n{"step": 3, "rew')
+    assert [record["step"] for record in read_metrics(path)] == [1, 2]
+    log = MetricsLog(tmp_path, PLAIN_LOGGER, {}, is_writer=True)
+    log.log(2, {"reward/mean": 0.25, "val/accuracy": 0.5})
+    log.log(3, {"reward/mean": 0.3})
+    log.close()
+    assert read_metrics(path) == [
+        {"step": 1, "reward/mean": 0.1},
+        {"step": 2, "reward/mean": 0.25, "val/accuracy": 0.5},
+        {"step": 3, "reward/mean": 0.3},
+    ]
+
+
+def test_a_broken_metrics_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2: not a metrics record"):
+        read_metrics(path)
+
+
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "run", PLAIN_LOGGER, {}, is_writer=False)
+    log.log(1, {"reward/mean": 0.5})
+    log.close()
+    assert not (tmp_path / "run").exists()
+    out = io.StringIO()
+    console = Console(is_writer=False, file=out)
+    console.step(1, 2, {"reward/mean": 0.5})
+    console.note("hello")
+    assert out.getvalue() == ""
+    console.error("rank 1 died in generate")
+    assert "rank 1 died in generate" in out.getvalue()
+
+
+def test_missing_wandb_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # import fails, as without the package
+    logger = SimpleNamespace(wandb_enabled=True, project="megarl", name=None)
+    with pytest.raises(RuntimeError, match="pip install wandb"):
+        MetricsLog(tmp_path, logger, {}, is_writer=True)
+
+
+def test_step_line_shows_what_the_step_has() -> None:
+    grpo = {"reward/mean": 0.5234, "actor/loss": -0.01, "val/accuracy": 0.61, "response_length/mean": 21.25}
+    assert step_line(7, 40, grpo) == "step  7/40  reward 0.523  val 61.0%  length 21.2"
+    sft = {"actor/loss": 1.25, "perf/throughput": 5321.4, "timing_s/step": 0.5}
+    assert step_line(7, 9, sft) == "step 7/9  loss 1.2500  tok/s/rank 5,321  time 0.50s"
+
+
+def test_plain_files_get_one_line_a_step_without_escapes() -> None:
+    out = io.StringIO()
+    console = Console(is_writer=True, file=out)
+    for step in (1, 2):
+        console.status("generate")
+        console.step(step, 40, {"reward/mean": 0.5, "gen_kl_error": 1.5e-7, "timing_s/step": 2.0})
+    console.close()
+    # 39 and 38 steps left at 2 seconds each
+    assert out.getvalue().splitlines() == [
+        "step  1/40  reward 0.500  mismatch 1.5e-07  time 2.00s  ETA 1m18s",
+        "step  2/40  reward 0.500  mismatch 1.5e-07  time 2.00s  ETA 1m16s",
+    ]
+
+
+def test_a_terminal_gets_a_line_that_is_rewritten() -> None:
+    out = io.StringIO()
+    console = Console(is_writer=True, file=out, force_terminal=True)
+    console.status("generate")
+    console.step(1, 2, {"reward/mean": 0.5, "timing_s/step": 2.0})
+    console.step(2, 2, {"reward/mean": 0.6, "timing_s/step": 2.0})
+    console.close()
+    text = out.getvalue()
+    assert "generate" in text and "━" in text and "\r\x1b[2K" in text
+    assert "1/2  ETA 2s" in text and text.endswith("\r\x1b[2K")
+
+
+def test_header_and_table() -> None:
+    cfg = SimpleNamespace(
+        algorithm="grpo",
+        run=SimpleNamespace(root="runs", name="demo", seed=7),
+        model=SimpleNamespace(path="models/tiny", dtype="fp32"),
+        data=SimpleNamespace(path="train.jsonl"),
+        train=SimpleNamespace(train_global_batch_size=256),
+        rollout=SimpleNamespace(num_prompts_per_step=32, num_generations_per_prompt=8),
+    )
+    out = io.StringIO()
+    console = Console(is_writer=True, file=out)
+    console.header(cfg, "2 ranks: TP 2")
+    console.table("Result", [("accuracy", "40.0% → 90.0%"), ("[seconds]", "1.0")])
+    text = out.getvalue()
+    for part in ("runs/demo", "models/tiny (fp32)", "2 ranks: TP 2", "32 prompts x 8 a step, 256 sequences per update"):
+        assert part in text
+    assert "40.0% → 90.0%" in text and "[seconds]" in text  # cells are text, not markup
+
+
+def test_durations() -> None:
+    assert [format_duration(s) for s in (0.4, 59, 185, 7620)] == ["0s", "59s", "3m05s", "2h07m"]
+
+
+def test_summary_says_before_and_after() -> None:
+    rows = dict(summary(records()))
+    assert rows["held-out accuracy, before → after"] == "40.0% → 90.0%"
+    assert rows["held-out accuracy, best"] == "90.0% (step 20)"
+    assert rows["reward, first → last step"] == "0.425 → 0.900"
+    assert rows["tokens/s per rank, whole step"] == "1,000"
+    # the mean of 2e-7 * (1..20)
+    assert rows["train/rollout log-prob mismatch (gen_kl_error)"] == "2.1e-06 mean, 4.0e-06 worst"
+    sft = dict(summary([{"step": 1, "actor/loss": 2.0}, {"step": 2, "actor/loss": 0.5}]))
+    assert sft == {"loss, first → last step": "2.0000 → 0.5000"}
+
+
+def test_phase_shares_are_of_the_whole_run() -> None:
+    # 20 steps of 2 s and a validation of 2 s: 42 s, of which generate has 20 and train 10
+    assert phase_rows(records()) == [
+        ("seconds: generate", "1.00 (48%)"),
+        ("seconds: train", "0.50 (24%)"),
+        ("seconds: validate", "2.00 (5%)"),
+        ("seconds: whole step", "2.00, 20 steps"),
+    ]
+
+
+@pytest.mark.parametrize("data", [records(), [{"step": 1, "actor/loss": 2.0}, {"step": 2, "actor/loss": math.nan}]])
+def test_the_picture_is_a_png(tmp_path: Path, data: list[dict[str, Any]]) -> None:
+    plot_rewards(data, tmp_path / "reward.png", title="demo")
+    assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_flops_of_a_tiny_model_by_hand() -> None:
+    shape = ModelShape.from_hf(
+        {
+            "num_hidden_layers": 2,
+            "hidden_size": 8,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "intermediate_size": 16,
+            "vocab_size": 10,
+        }
+    )
+    # q and o 8x8, k and v 8x4, gated MLP 3x8x16: 576 a layer; head 8x10
+    assert shape.matmul_parameters == 2 * (2 * 64 + 2 * 32 + 384) + 80 == 1232
+    # lengths 3 and 1: 4 tokens; causal attention 2 * layers * (heads * head_dim) * (9 + 1)
+    assert forward_flops(shape, [3, 1]) == 2 * 1232 * 4 + 2 * 2 * 8 * 10
+    assert train_flops(shape, [3, 1]) == 3 * forward_flops(shape, [3, 1])
+
+
+def test_flops_agree_with_the_closed_form_of_llama_70b() -> None:
+    shape = ModelShape(80, 8192, 64, 8, 128, 28672, 128256)
+    # 6 FLOPs a parameter and 6 * L * h per context token: 449 GFLOP a token at 8k
+    assert train_flops(shape, [8192]) / 8192 == pytest.approx(449e9, rel=0.01)
+
+
+def test_mfu_knows_gpus_and_admits_the_rest() -> None:
+    assert mfu(989e12, 2.0, "NVIDIA H100 80GB HBM3") == pytest.approx(0.5)
+    assert mfu(989e12, 1.0, "NVIDIA H200", devices=4) == pytest.approx(0.25)
+    assert mfu(756e12, 1.0, "NVIDIA H100 PCIe") == pytest.approx(1.0)
+    assert mfu(1e12, 1.0, None) is None and mfu(1e12, 1.0, "GeForce") is None
+    assert tokens_per_second_per_device(8000, 2.0, 4) == 1000.0

@@ -1,0 +1,77 @@
+"""SFT examples: prompt, response and EOS end to end."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
+
+from megarl.config import DataConfig
+from megarl.data.reading import DataError
+from megarl.data.sft import load_examples
+
+WORDS = ["<bos>", "<eos>", "<unk>", "<user>", "<assistant>", "one", "two", "####", "3"]
+TEMPLATE = "<bos> {% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}<assistant>"
+
+
+def make_tokenizer(chat_template: str | None = None, **special: str) -> PreTrainedTokenizerFast:
+    model = Tokenizer(WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
+    model.pre_tokenizer = WhitespaceSplit()
+    model.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    special = special or {"eos_token": "<eos>"}
+    return PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<bos>", chat_template=chat_template, **special)
+
+
+def data(path: Path, *records: dict[str, Any], **fields: Any) -> DataConfig:
+    file = path / "sft.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return DataConfig(path=str(file), **({"apply_chat_template": False} | fields))
+
+
+def ids(text: str) -> list[int]:
+    return [WORDS.index(word) for word in text.split()]
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt"), [(None, "<bos> one two"), (TEMPLATE, "<bos> <user> one two <assistant>")]
+)
+def test_prompt_response_and_eos(tmp_path: Path, template: str | None, prompt: str) -> None:
+    config = data(tmp_path, {"prompt": "one two", "response": "3"}, apply_chat_template=template is not None)
+    (example,) = load_examples(config, make_tokenizer(template))
+    assert example.id == "sft.jsonl:1"
+    assert example.tokens == [*ids(prompt), *ids("3 <eos>")]
+    assert example.prompt_length == len(ids(prompt))
+
+
+def test_gsm8k_learns_the_whole_solution(tmp_path: Path) -> None:
+    config = data(tmp_path, {"question": "one two", "answer": "two one\n#### 3"}, adapter="gsm8k")
+    (example,) = load_examples(config, make_tokenizer())
+    assert example.tokens == ids("<bos> one two two one #### 3 <eos>")
+
+
+def test_bad_and_overlong_records_are_named_or_counted(tmp_path: Path) -> None:
+    good = {"prompt": "one", "response": "3"}
+    bad = [good | {"response": " "}, good | {"response": 3}, {"prompt": "one"}, good | {"response": "\ud800"}]
+    config = data(tmp_path, good, *bad)
+    with pytest.raises(DataError) as caught:
+        load_examples(config, make_tokenizer())
+    message = str(caught.value)
+    assert "sft.jsonl:2: the response is empty" in message
+    assert "sft.jsonl:3: the response must be a string, found a number" in message
+    assert "sft.jsonl:4: has no key 'response'; its keys are 'prompt' (data.response_key names it)" in message
+    assert "sft.jsonl:5: 'response' holds a lone surrogate" in message
+    long = good | {"prompt": "one two one two"}
+    examples = load_examples(
+        data(tmp_path, good, *bad, long, bad_records="drop", max_prompt_length=3), make_tokenizer()
+    )
+    assert len(examples) == 1 and examples.dropped == {"bad_record": 4, "overlong": 1}
+
+
+def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no EOS token"):
+        load_examples(data(tmp_path, {"prompt": "one", "response": "3"}), make_tokenizer(unk_token="<unk>"))

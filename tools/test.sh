@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Installs what tests need, then lints and tests. Arguments go to pytest in place of the usual selection:
+#   bash tools/test.sh -m gpu
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash tools/setup.sh test
+.venv/bin/ruff check .
+[ $# -gt 0 ] || set -- -m "not gpu and not slurm and not slow and not compat"
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # ranks share the cores
+exec .venv/bin/python -m pytest -q "$@"
