@@ -36,16 +36,15 @@ def grpo(
     rewards = rewards.double()
     mean = _group_sum(rewards, member, size) / size
     centred = rewards - mean[member]
-    # Equal rewards may leave rounding noise, which a tiny std would blow up: such a group is exactly zero.
-    lowest = rewards.new_full(size.shape, torch.inf).scatter_reduce(0, member, rewards, "amin")
-    highest = rewards.new_full(size.shape, -torch.inf).scatter_reduce(0, member, rewards, "amax")
-    centred = torch.where((lowest == highest)[member], 0.0, centred)
     others = (size - 1).clamp(min=1)
     advantages = centred * (size / others)[member] if use_leave_one_out_baseline else centred
     if normalize_by_std:
         std = (_group_sum(centred.square(), member, size) / others).sqrt()
         advantages = advantages / (std[member] + eps)
-    return advantages.float()
+    # Equal rewards may leave rounding noise, which a tiny std would blow up: such a group is exactly zero.
+    lowest = rewards.new_full(size.shape, torch.inf).scatter_reduce(0, member, rewards, "amin")
+    highest = rewards.new_full(size.shape, -torch.inf).scatter_reduce(0, member, rewards, "amax")
+    return torch.where((lowest == highest)[member], 0.0, advantages).float()
 
 
 def zero_variance_fraction(rewards: Tensor, groups: Tensor) -> float:

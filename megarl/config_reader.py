@@ -194,9 +194,9 @@ def _fill_list(element: type, values: list[Any], path: str, reading: Reading) ->
 
 
 def _nearest(prefix: str, key: str, siblings: list[str], known: list[str]) -> str:
-    """The path most likely meant: a like name in the same section, else the same name in another section, else none."""
-    close = [f"{prefix}{name}" for name in difflib.get_close_matches(key, siblings, n=1, cutoff=0.7)]
-    close += [path for path in known if path.rpartition(".")[2] == key]
+    """The path most likely meant: the same name in another section, else a like name in this one, else none."""
+    close = [path for path in known if path.rpartition(".")[2] == key]
+    close += [f"{prefix}{name}" for name in difflib.get_close_matches(key, siblings, n=1, cutoff=0.7)]
     return close[0] if close else ""
 
 
@@ -216,8 +216,9 @@ def _fits(schema: type, key: str, value: Any, kind: Any) -> bool:
 
 def _check_references(schema: type, accepted: Tree, reading: Reading) -> None:
     """Drop every `${...}` that leads nowhere, does not fit its field or would run a resolver."""
-    merged = OmegaConf.merge(OmegaConf.structured(schema), accepted)
-    for holder, path, value in list(_references(accepted)):
+    references = list(_references(accepted))
+    merged = OmegaConf.merge(OmegaConf.structured(schema), accepted) if references else None
+    for holder, path, value in references:
         try:
             if RESOLVER.search(str(value)):
                 raise ValueError("only plain references such as ${run.seed} are allowed")

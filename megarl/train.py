@@ -48,9 +48,9 @@ def run(cfg: Config) -> int:
         ALGORITHMS[cfg.algorithm](cfg, run, mesh)
         run.finish()
         mesh.close()
-    except Exception as error:
+    except BaseException as error:
         traceback.print_exc()
-        print(watchdog.explain(error), file=sys.stderr, flush=True)
+        watchdog.report_error(error)
         # Interpreter exit would wait for collectives of the others; the launcher ends them when it sees this one gone.
         os._exit(1)
     watchdog.close()

@@ -52,6 +52,10 @@ def problems(*argv: Any, check_model: bool = True) -> list[str]:
     return caught.value.problems
 
 
+def overrides(settings: dict[str, Any]) -> list[str]:
+    return [f"{path}={value}" for path, value in settings.items()]
+
+
 # ---- what a good config gives ----
 
 
@@ -196,38 +200,51 @@ def test_learning_rate_that_is_none(recipe: Callable[..., Path], value: str) -> 
 
 # ---- what does not fit together ----
 
+GPUS, TP, PP = "cluster.gpus_per_node", "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
+FIRST = "parallel.num_layers_in_first_pipeline_stage"
+ROLLOUT_TP = "rollout.tensor_parallel_size"
+BATCH, GROUP = "train.train_global_batch_size", "rollout.num_generations_per_prompt"
+
 
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        (["cluster.gpus_per_node=6", "parallel.tensor_model_parallel_size=2", "parallel.pipeline_model_parallel_size=2"],
-         "6 ranks cannot be divided by parallel.tensor_model_parallel_size 2 x parallel.pipeline_model_parallel_size 2 = 4: 6 % 4 = 2"),
-        (["cluster.gpus_per_node=6", "rollout.tensor_parallel_size=4"], "6 % 4 = 2"),
-        (["parallel.sequence_parallel=true"], "parallel.tensor_model_parallel_size = 1"),
-        (["train.train_global_batch_size=384"], "64 x rollout.num_generations_per_prompt 8 = 512"),
-        (["train.train_global_batch_size=384"], "512 % 384 = 128"),
-        (["cluster.gpus_per_node=8", "train.train_global_batch_size=4"], "too few for 8 data-parallel ranks"),
-        (["rollout.num_generations_per_prompt=1", "train.train_global_batch_size=64"], "every advantage is r - r = 0"),
-        (["rollout.temperature=0"], "greedy samples"),
-        (["rollout.max_model_len=2000"], "rollout.max_model_len = 2000 is less than the longest sequence: "
-         "data.max_prompt_length 1024 + rollout.max_response_length 1024 = 2048"),
-        (["train.train_mb_tokens=1000"], "train.train_mb_tokens = 1000 is less than the longest sequence"),
-        (["train.logprob_mb_tokens=1000"], "train.logprob_mb_tokens = 1000 is less than the longest sequence"),
-        (["rollout.max_num_batched_tokens=100"], "rollout.max_num_seqs = 256"),
-        (["optimizer.min_lr=1e-3"], "is above optimizer.lr"),
-        (["optimizer.lr_warmup_iters=10", "optimizer.lr_decay_iters=10"], "leaves nothing"),
-        (["validation.val_period=5"], "no data.val_path"),
-        (["data.adapter=gsm9k"], "data.adapter = 'gsm9k' is not one of gsm8k"),
-        (["reward.functions=[]"], "grpo needs a reward"),
-        (["reward.functions=[{name: math}, {name: math}]"], "math more than once"),
-        (["model.recompute_granularity=full", "model.recompute_method=uniform"], "needs model.recompute_num_layers"),
-        (["model.recompute_granularity=selective", "model.recompute_modules=[moe]"], "['moe'] are not among"),
-        (["model.recompute_method=block"], "goes with full recompute"),
-        (["parallel.num_layers_in_first_pipeline_stage=3"], "needs more than one stage"),
+        ({GPUS: 6, TP: 2, PP: 2}, f"6 ranks cannot be divided by {TP} 2 x {PP} 2 = 4: 6 % 4 = 2"),
+        ({GPUS: 6, ROLLOUT_TP: 4}, f"6 ranks cannot be divided by {ROLLOUT_TP} 4: 6 % 4 = 2"),
+        ({"parallel.sequence_parallel": True}, f"{TP} = 1"),
+        ({BATCH: 384}, f"64 x {GROUP} 8 = 512 sequences a step do not make whole updates"),
+        ({BATCH: 384}, f"{BATCH} 384 sequences: 512 % 384 = 128"),
+        ({GPUS: 8, TP: 2, BATCH: 2}, f"too few for 4 data-parallel ranks: 8 ranks / ({TP} 2 x {PP} 1) = 4"),
+        ({GROUP: 1, BATCH: 64}, "every advantage is r - r = 0"),
+        ({"rollout.temperature": 0}, "greedy samples"),
+        (
+            {"rollout.max_model_len": 2000},
+            "rollout.max_model_len = 2000 is less than the longest sequence: "
+            "data.max_prompt_length 1024 + rollout.max_response_length 1024 = 2048",
+        ),
+        ({"train.train_mb_tokens": 1000}, "train.train_mb_tokens = 1000 is less than the longest sequence"),
+        ({"train.logprob_mb_tokens": 1000}, "train.logprob_mb_tokens = 1000 is less than the longest sequence"),
+        ({"rollout.max_num_batched_tokens": 100}, "rollout.max_num_seqs = 256"),
+        ({"optimizer.min_lr": 1e-3}, "is above optimizer.lr"),
+        ({"optimizer.lr_warmup_iters": 10, "optimizer.lr_decay_iters": 10}, "leaves nothing"),
+        ({"validation.val_period": 5}, "no data.val_path"),
+        ({"data.adapter": "gsm9k"}, "data.adapter = 'gsm9k' is not one of gsm8k"),
+        ({"reward.functions": "[]"}, "grpo needs a reward"),
+        ({"reward.functions": "[{name: math}, {name: math}]"}, "math more than once"),
+        (
+            {"model.recompute_granularity": "full", "model.recompute_method": "uniform"},
+            "model.recompute_granularity = full needs model.recompute_num_layers",
+        ),
+        (
+            {"model.recompute_granularity": "selective", "model.recompute_modules": "[moe]"},
+            "['moe'] are not among core_attn, layernorm, mlp",
+        ),
+        ({"model.recompute_method": "block"}, "goes with full recompute"),
+        ({FIRST: 3}, "needs more than one stage"),
     ],
-)  # fmt: skip
-def test_sizes_that_do_not_fit(recipe: Callable[..., Path], settings: list[str], said: str) -> None:
-    found = problems(recipe(), *settings, check_model=False)
+)
+def test_sizes_that_do_not_fit(recipe: Callable[..., Path], settings: dict[str, Any], said: str) -> None:
+    found = problems(recipe(), *overrides(settings), check_model=False)
     assert len(found) == 1, found
     assert said in found[0]
 
@@ -235,43 +252,35 @@ def test_sizes_that_do_not_fit(recipe: Callable[..., Path], settings: list[str],
 @pytest.mark.parametrize(
     ("hf", "settings", "said"),
     [
-        ({}, ["cluster.gpus_per_node=4", "parallel.tensor_model_parallel_size=4"], "14 attention heads cannot be divided by "
-         "parallel.tensor_model_parallel_size 4: 14 % 4 = 2"),
-        ({}, ["cluster.gpus_per_node=4", "rollout.tensor_parallel_size=4"], "14 % 4 = 2"),
-        ({"num_key_value_heads": 7}, ["cluster.gpus_per_node=2", "parallel.tensor_model_parallel_size=2"], "7 % 2 = 1, 2 % 7 = 2"),
-        ({"intermediate_size": 97}, ["cluster.gpus_per_node=2", "parallel.tensor_model_parallel_size=2"], "97 % 2 = 1"),
-        ({}, ["cluster.gpus_per_node=4", "parallel.pipeline_model_parallel_size=4"], "10 layers cannot be divided over "
-         "parallel.pipeline_model_parallel_size 4 stages: 10 % 4 = 2"),
-        ({}, ["cluster.gpus_per_node=4", "parallel.pipeline_model_parallel_size=4", "parallel.num_layers_in_first_pipeline_stage=2"],
-         "10 layers - 2 = 8 cannot be divided over parallel.pipeline_model_parallel_size 4 - 1 = 3 stages: 8 % 3 = 2"),
-        ({"max_position_embeddings": 2000}, [], "max_position_embeddings = 2000 is less than data.max_prompt_length 1024 + "),
-        ({}, ["rollout.max_model_len=3000"], "is more than the model's max_position_embeddings = 2048"),
-        ({"architectures": ["OtherForCausalLM"]}, [], "architecture OtherForCausalLM is not supported"),
-        ({"num_attention_heads": 0}, [], "ZeroDivisionError"),
+        ({}, {GPUS: 4, TP: 4}, f"14 attention heads cannot be divided by {TP} 4: 14 % 4 = 2"),
+        ({}, {GPUS: 4, ROLLOUT_TP: 4}, f"14 attention heads cannot be divided by {ROLLOUT_TP} 4: 14 % 4 = 2"),
+        ({"num_key_value_heads": 7}, {GPUS: 2, TP: 2}, "7 % 2 = 1, 2 % 7 = 2"),
+        ({"intermediate_size": 97}, {GPUS: 2, TP: 2}, "97 % 2 = 1"),
+        ({}, {GPUS: 4, PP: 4}, f"10 layers cannot be divided over {PP} 4 stages: 10 % 4 = 2"),
+        ({}, {GPUS: 4, PP: 4, FIRST: 2}, f"10 layers - 2 = 8 cannot be divided over {PP} 4 - 1 = 3 stages: 8 % 3 = 2"),
+        ({"max_position_embeddings": 2000}, {}, "max_position_embeddings = 2000 is less than data.max_prompt_length"),
+        ({}, {"rollout.max_model_len": 3000}, "is more than the model's max_position_embeddings = 2048"),
+        ({"architectures": ["OtherForCausalLM"]}, {}, "architecture OtherForCausalLM is not supported"),
+        ({"num_attention_heads": 0}, {}, "ZeroDivisionError"),
     ],
-)  # fmt: skip
+)
 def test_models_that_do_not_fit(
-    recipe: Callable[..., Path], hf: dict[str, Any], settings: list[str], said: str
+    recipe: Callable[..., Path], hf: dict[str, Any], settings: dict[str, Any], said: str
 ) -> None:
-    found = problems(recipe(**hf), *settings)
+    found = problems(recipe(**hf), *overrides(settings))
     assert len(found) == 1, found
     assert said in found[0]
 
 
-@pytest.mark.parametrize(
-    ("stages", "first", "last"), [(4, 2, 2), (2, 3, 7), (3, None, 2), (5, None, None)], ids=str
-)
+@pytest.mark.parametrize(("stages", "first", "last"), [(4, 2, 2), (2, 3, 7), (3, None, 2), (5, None, None)], ids=str)
 def test_uneven_stages_that_fit(recipe: Callable[..., Path], stages: int, first: int | None, last: int | None) -> None:
     """10 layers: 2+3+3+2, 3+7, 4+4+2, 2+2+2+2+2."""
-    given = {"first": first, "last": last}
-    uneven = [f"parallel.num_layers_in_{k}_pipeline_stage={v}" for k, v in given.items() if v is not None]
-    layout = [f"cluster.gpus_per_node={stages}", f"parallel.pipeline_model_parallel_size={stages}"]
-    load([str(recipe()), *layout, *uneven])
+    given = {GPUS: stages, PP: stages, FIRST: first, FIRST.replace("first", "last"): last}
+    load([str(recipe()), *overrides({path: "null" if value is None else value for path, value in given.items()})])
 
 
 def test_more_tensor_parallel_ranks_than_key_value_heads_fit(recipe: Callable[..., Path]) -> None:
-    path = recipe(num_attention_heads=16, hidden_size=64)
-    load([str(path), "cluster.gpus_per_node=4", "parallel.tensor_model_parallel_size=4", "rollout.tensor_parallel_size=4"])
+    load([str(recipe(num_attention_heads=16, hidden_size=64)), *overrides({GPUS: 4, TP: 4, ROLLOUT_TP: 4})])
 
 
 def test_sft_needs_no_rollout_sizes(recipe: Callable[..., Path]) -> None:

@@ -165,9 +165,22 @@ def test_a_worker_that_dies_idle_is_replaced_without_an_event() -> None:
     workers.close()
 
 
+def test_notices_to_the_whole_job_leave_workers_at_work() -> None:
+    workers = RewardWorkers(config("misbehaving:length"))
+    before = [worker.process.pid for worker in workers.workers]
+    for pid in before:
+        for notice in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(pid, notice)
+    assert [r.total for r in workers.score([sample(i) for i in range(50)])] == [3.0] * 50
+    assert [worker.process.pid for worker in workers.workers] == before
+    workers.close()
+
+
 def test_mistakes_are_found_at_construction() -> None:
     with pytest.raises(RewardError, match="did you mean 'math'"):
         RewardWorkers(config("maths"))
+    with pytest.raises(RewardError, match=r"reward.functions is empty"):
+        RewardWorkers(config())
     with pytest.raises(RewardError, match="names a reward twice"):
         RewardWorkers(config("exact", "exact"))
     with pytest.raises(RewardError, match=r"no option 'scal'.*did you mean 'scale'"):

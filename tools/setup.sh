@@ -35,16 +35,17 @@ fail() {
     exit 1
 }
 pip() { $python -m pip --disable-pip-version-check --no-input "$@" >>$log 2>&1; }
+install() { pip install --no-compile "$@"; } # Python compiles what it imports; compiling all 25,000 files takes a minute
 
 if ! $python -c 'import pip' 2>/dev/null; then
     for candidate in python3 python3.13 python3.12 python3.11; do
-        # ensurepip is a package of its own on Debian, and venv needs it.
-        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        # venv needs ensurepip, which is a package of its own on Debian.
+        if "$candidate" megarl/pins.py python 2>/dev/null && "$candidate" -c 'import venv, ensurepip' 2>/dev/null; then
             found=$candidate
             break
         fi
     done
-    [ -n "${found:-}" ] || fail "no Python 3.11 or newer with venv found; install one (apt install python3 python3-venv, \
+    [ -n "${found:-}" ] || fail "found no Python 3.11 to 3.14 with venv; install one (apt install python3 python3-venv, \
 dnf install python3.12, brew install python@3.12, or uv python install 3.12) and put it on PATH"
     say "making .venv with $("$found" --version)"
     rm -rf .venv
@@ -57,7 +58,7 @@ torch=${packages%%$'\n'*}
 say "$torch ($device)"
 index=()
 [ -z "${MEGARL_TORCH_INDEX:-}" ] || index=(--index-url "$MEGARL_TORCH_INDEX")
-pip install ${index[@]+"${index[@]}"} "$torch" || fail "could not install $torch"
+install ${index[@]+"${index[@]}"} "$torch" || fail "could not install $torch"
 
 wheel=
 if [ $device = cpu ] && ! is_done base; then
@@ -72,8 +73,8 @@ fi
 
 mapfile -t packages <<<"$packages"
 say "${#packages[@]} requirements and what they need (takes a minute or more)"
-pip install "${packages[@]}" || fail "could not install the requirements" # one call: one consistent set, torch pinned
-[ -z "$wheel" ] || pip install --no-deps "$wheel" || fail "could not install $vllm"
-pip install --no-deps --no-build-isolation --editable . || fail "could not install megarl"
+install "${packages[@]}" || fail "could not install the requirements" # one call: one consistent set, torch pinned
+[ -z "$wheel" ] || install --no-deps "$wheel" || fail "could not install $vllm"
+install --no-deps --no-build-isolation --editable . || fail "could not install megarl"
 for level in base $extra; do wanted_stamp >".venv/.megarl-$level"; done
 say "done: .venv is ready"

@@ -144,6 +144,7 @@ def quiet_megatron_imports() -> None:
         "transformer_engine",
         "full scope is deprecated",
         "CUDA_DEVICE_MAX_CONNECTIONS",
+        "The .grad attribute of a Tensor that is not a leaf",
         r"`torch\.distributed\.\w+` is deprecated",
     ):
         warnings.filterwarnings("ignore", message=f".*{text}.*")

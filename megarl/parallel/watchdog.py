@@ -1,17 +1,19 @@
 """A deadline on every phase, and a name for whoever breaks it.
 
-Each rank's watchdog thread writes a heartbeat (rank, host, phase) to the job's store once a second. A rank that stays in
-one phase longer than the deadline prints every thread's stack, reads the others' heartbeats, says who is missing or
-behind, and ends its process; the launcher then ends the rest. The collectives have the same deadline, so that a peer's
-death is an exception in the main thread, which `explain` turns into the same sentence.
+Each rank's watchdog thread writes a heartbeat (host, phase) to a store of the job's once a second. A rank that stays in one
+phase longer than the deadline prints every thread's stack, says which ranks are silent or behind, and ends its process;
+the launcher then ends the rest. The collectives have the same deadline. A rank whose peer died hears of it by an exception
+or by the launcher's SIGTERM, and says the same sentence about it before it goes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import json
 import os
+import select
 import signal
 import socket
 import sys
@@ -23,8 +25,9 @@ from typing import Any
 import torch.distributed as dist
 
 EXIT_DEADLINE = 124  # as timeout(1)
+EXIT_TERMINATED = 128 + signal.SIGTERM  # as a shell reports it
 _BEAT_S = 1.0
-_STALE_S = 5.0  # a rank whose heartbeat is older than this no longer runs
+_STALE_S = 3.0  # a rank whose heartbeat is older than this no longer runs
 
 
 class Watchdog:
@@ -36,7 +39,9 @@ class Watchdog:
         self.deadline_s = deadline_s
         self._store = self._own_store()
         self._phases: list[tuple[str, float]] = [("start", time.monotonic())]
-        self._stop = threading.Event()
+        self._closed = False
+        self._last_words = threading.Lock()
+        self._signals = _signals_as_bytes()
         self._beat()
         dist.barrier()  # every rank has a heartbeat before anyone may look for it
         self._thread = threading.Thread(target=self._watch, name="megarl-watchdog", daemon=True)
@@ -58,6 +63,7 @@ class Watchdog:
 
     def enter(self, name: str) -> None:
         self._phases.append((name, time.monotonic()))
+        self._beat()  # at once: should this rank die here, its last heartbeat names the phase
 
     def leave(self) -> None:
         # The phase around it goes on: its own clock starts again, since it did get somewhere.
@@ -70,8 +76,10 @@ class Watchdog:
         return self._phases[-1][0]
 
     def close(self) -> None:
-        self._stop.set()
+        self._closed = True
         self._thread.join()
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def suspects(self) -> str:
         """One sentence on the ranks that stopped answering, or are in another phase than this one."""
@@ -95,10 +103,21 @@ class Watchdog:
             return "in another phase: " + ", ".join(elsewhere)
         return "all other ranks answer, and are in the same phase"
 
-    def explain(self, error: BaseException) -> str:
-        """The line to end a failed rank with: who, where, in which phase, why, and whom it was perhaps waiting for."""
-        time.sleep(_STALE_S + _BEAT_S if isinstance(error, RuntimeError) and _is_collective(error) else 0)
-        return f"{self._me()}: {type(error).__name__}: {error}\n  other ranks: {self.suspects()}"
+    def report(self, what: str, *, peers: bool) -> None:
+        """Say on stderr who this is, where, and what happened; with ``peers`` also what became of the other ranks.
+
+        Only the first of several reports of one process is made: they are about the same end.
+        """
+        if not self._last_words.acquire(blocking=False):
+            time.sleep(4 * _STALE_S)  # let the other finish; it ends the process
+            return
+        print(f"{self._me()}: {what}", file=sys.stderr, flush=True)
+        if peers and self.world_size > 1:
+            time.sleep(_STALE_S + _BEAT_S)  # until a dead rank's last heartbeat is old
+            print(f"{self._me()}: other ranks: {self.suspects()}", file=sys.stderr, flush=True)
+
+    def report_error(self, error: BaseException) -> None:
+        self.report(f"{type(error).__name__}: {error}", peers=_is_collective(error))
 
     def _me(self) -> str:
         return f"rank {self.rank} on {socket.gethostname()} in phase {self.phase!r}"
@@ -107,33 +126,44 @@ class Watchdog:
         name, since = self._phases[-1]
         seconds = time.monotonic() - since
         beat = {"host": socket.gethostname(), "phase": name, "seconds": seconds, "time": time.time()}
-        self._store.set(f"beat/{self.rank}", json.dumps(beat))
+        with contextlib.suppress(RuntimeError, OSError):  # the store goes with rank 0, which the deadline then notices
+            self._store.set(f"beat/{self.rank}", json.dumps(beat))
 
     def _watch(self) -> None:
-        while not self._stop.wait(_BEAT_S):
-            try:
-                self._beat()
-            except (RuntimeError, OSError):
-                continue  # the store went with rank 0; the collective that waits for it will fail, or the deadline pass
-            finally:
-                self._check()
+        while not self._closed:
+            readable, _, _ = select.select([self._signals], [], [], _BEAT_S)
+            if readable and signal.SIGTERM in self._signals.recv(16):
+                self.report("told to stop (SIGTERM)", peers=True)
+                os._exit(EXIT_TERMINATED)
+            self._beat()
+            name, since = self._phases[-1]
+            if time.monotonic() - since > self.deadline_s:
+                self._end()
 
-    def _check(self) -> None:
-        name, since = self._phases[-1]
-        if time.monotonic() - since < self.deadline_s:
-            return
-        print(f"{self._me()}: over the deadline of {self.deadline_s:.0f} s (run.deadline_s)", file=sys.stderr)
-        print(f"  other ranks: {self.suspects()}", file=sys.stderr, flush=True)
+    def _end(self) -> None:
+        self.report(f"over the deadline of {self.deadline_s:.0f} s (run.deadline_s)", peers=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         sys.stderr.flush()
         # The main thread may be inside a collective that never returns: nothing softer would end it.
         os._exit(EXIT_DEADLINE)
 
 
-def _is_collective(error: RuntimeError) -> bool:
+def _signals_as_bytes() -> socket.socket:
+    """A socket that gets a byte for every signal, at once and from whichever thread: the main thread, inside a collective, could
+    not run a handler for SIGTERM."""
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    signal.set_wakeup_fd(theirs.detach(), warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, lambda number, frame: None)  # the watchdog's thread acts on it
+    return ours
+
+
+def _is_collective(error: BaseException) -> bool:
     """Whether an error looks like a peer's: torch has no type of its own for gloo's and NCCL's failures."""
+    if isinstance(error, dist.DistError):
+        return True
     text = str(error).lower()
-    return isinstance(error, dist.DistError) or any(word in text for word in ("gloo", "nccl", "connection", "timed out"))
+    return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "nccl", "connection", "timed out"))
 
 
 def die_with_parent() -> None:

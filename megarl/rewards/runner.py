@@ -82,7 +82,7 @@ class Worker:
 
 
 class RewardWorkers:
-    """The worker processes of one rank. Not for use by several threads at once."""
+    """The worker processes of one rank, for use by one thread; when the thread that started them ends, so do they."""
 
     def __init__(self, config: RewardConfig) -> None:
         self.config = config
@@ -100,6 +100,8 @@ class RewardWorkers:
 
     def check_functions(self) -> None:
         """Find every mistake that needs no worker to find."""
+        if not self.config.functions:
+            raise RewardError("reward.functions is empty; name at least one reward")
         if len(self.weights) < len(self.config.functions):
             raise RewardError("reward.functions names a reward twice; give the second one a function of its own")
         for entry in self.config.functions:

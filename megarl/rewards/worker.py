@@ -29,7 +29,10 @@ MAX_SHOWN = 500  # characters of a user's exception or value in an error
 
 def main(descriptor: int, parent: int) -> None:
     """Serve the pipe on file `descriptor` until it ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the trainer, which then ends its workers
+    # Ctrl-C and a scheduler's notices are for the trainer, which ends its workers when it is done with them. A handler
+    # that does nothing, unlike SIG_IGN, is not inherited by the programs that a reward runs.
+    for notice in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(notice, lambda *_: None)
     die_with(parent)
     os.set_inheritable(descriptor, False)  # processes that a reward starts must not keep the pipe open
     with Connection(descriptor) as pipe:
@@ -72,8 +75,8 @@ def load(functions: list[dict[str, Any]]) -> dict[str, tuple[Reward, dict[str, A
 
 def score(rewards: dict[str, tuple[Reward, dict[str, Any]]], columns: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Every reward's value for one sample, up to the first that fails."""
-    batch = {name: [value] for name, value in columns.items()}
     for function, args in rewards.values():
+        batch = {name: [value] for name, value in columns.items()}
         try:
             returned = function(**{**batch, **args})
         except BaseException as error:  # SystemExit too: whatever user code raises is an event with a name

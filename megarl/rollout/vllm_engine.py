@@ -6,11 +6,11 @@ Contract
   their engines together; within a replica all ranks call `generate` with the same arguments and get the same result.
 - `generate` is a function of (weights, prompts, sampling, seed). vLLM keeps no random state of its own, starts every
   call with an empty prefix cache, and the trainer's generators are left untouched.
-- A completion's `logps[i]` is the log-prob of `tokens[i]` under the distribution it was sampled from: after temperature,
-  top-p and top-k. Greedy tokens (temperature 0) carry their log-prob at temperature 1. The EOS or stop token that ended
-  a completion is its last token.
-- Between `sleep` and `wake` nothing can be generated. On a GPU sleeping gives memory back (level 1: weights wait in host
-  memory; level 2: they are dropped, and `load_weights` must bring new ones); on a CPU there is nothing to give back, but
+- A completion's `logps[i]` is the log-prob of `tokens[i]` under the distribution it was sampled from: after
+  temperature, top-p and top-k. Greedy tokens (temperature 0) carry their log-prob at temperature 1. The EOS or stop
+  token that ended a completion is its last token.
+- Between `sleep` and `wake` nothing can be generated. On a GPU sleeping gives memory back (level 1: weights wait in
+  host memory; level 2: they are dropped, and `load_weights` must bring new ones); on a CPU vLLM keeps its memory, but
   the same order of calls is demanded.
 - vLLM is imported when the first engine is made. Everything else in the process stays the trainer's (`vllm_process`).
 """
@@ -113,9 +113,10 @@ class VLLMEngine:
             config = _checked_config(args)
             self._vocab_size = config.model_config.get_vocab_size()
             # LLMEngine and not LLM: the same loop without its progress bars and chat-template warm-up.
-            self._engine: LLMEngine | None = LLMEngine.from_vllm_config(config, disable_log_stats=True)
+            self._engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
             # It would shut the engine down whenever Python collects it, the trainer's process groups included.
-            self._engine.engine_core._finalizer.detach()
+            client: Any = self._engine.engine_core
+            client._finalizer.detach()
             [self._tied] = self._engine.apply_model(_head_is_tied)
 
     def _arguments(self, model_path: str, rollout: RolloutConfig, dtype: str) -> dict[str, Any]:
@@ -157,13 +158,15 @@ class VLLMEngine:
         return [_completions(outputs[index]) * copies for index in range(len(prompts))]
 
     def _run(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> dict[int, RequestOutput]:
-        from vllm import TokensPrompt
+        from vllm import RequestOutput, TokensPrompt
 
         for index, prompt in enumerate(prompts):
             self._engine.add_request(str(index), TokensPrompt(prompt_token_ids=list(prompt)), params)
         finished: dict[int, RequestOutput] = {}
         while self._engine.has_unfinished_requests():
-            finished.update({int(output.request_id): output for output in self._engine.step() if output.finished})
+            for output in self._engine.step():
+                if isinstance(output, RequestOutput) and output.finished:
+                    finished[int(output.request_id)] = output
         return finished
 
     def _refuse_unless_ready(self) -> None:
@@ -173,7 +176,7 @@ class VLLMEngine:
             raise RolloutError(f"the engine sleeps ({', '.join(sorted(self._asleep))}): call wake() before generate()")
         if not self._weights_ready:
             raise RolloutError(
-                "the engine has no usable weights (dropped by sleep level 2, or a load that failed): call load_weights()"
+                "the engine has no usable weights (sleep level 2 dropped them, or a load failed): call load_weights()"
             )
 
     def _refuse_bad_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
@@ -276,6 +279,7 @@ class VLLMEngine:
         if tag not in self._asleep:
             return
         if not self._on_cpu:
+            torch.cuda.empty_cache()  # vLLM's allocator cannot use what the trainer left in torch's cache
             with self._process.vllm():
                 self._engine.wake_up(tags=[tag])
         self._asleep.remove(tag)
@@ -286,13 +290,13 @@ class VLLMEngine:
             return
         self._closed = True
         with self._process.vllm():
-            core = self._engine.engine_core.engine_core
+            client: Any = self._engine.engine_core
+            core = client.engine_core
             # EngineCore.shutdown() in its parts: as a whole it would also destroy the trainer's process groups.
             core.structured_output_manager.clear_backend()
             core.model_executor.shutdown()
             core.scheduler.shutdown()
-            del core
-            self._engine = None
+            del client, core, self._engine
             gc.collect()
             leave_process_groups(self._owns_default_group)
 
@@ -309,8 +313,8 @@ def _checked_config(args: EngineArgs) -> Any:
         sizes = CPUAttentionBackend.get_supported_head_sizes()
         if model.get_head_size() not in sizes:
             raise RolloutError(
-                f"{model.model} has attention heads of size {model.get_head_size()} (hidden_size / num_attention_heads);"
-                f" vLLM's CPU attention knows {sizes}"
+                f"{model.model} has attention heads of size {model.get_head_size()} (head_dim, or hidden_size /"
+                f" num_attention_heads); vLLM's CPU attention knows {sizes}"
             )
     return config
 
@@ -334,9 +338,12 @@ def _sampling_params(sampling: Sampling) -> SamplingParams:
 
 
 def _completions(output: RequestOutput) -> list[Completion]:
+    from vllm.logprobs import FlatLogprobs
+
     completions = []
     for sample in sorted(output.outputs, key=lambda sample: sample.index):
-        tokens, logps = list(sample.token_ids), list(sample.logprobs.logprobs)
+        assert isinstance(sample.logprobs, FlatLogprobs), type(sample.logprobs)
+        tokens, logps = list(sample.token_ids), sample.logprobs.logprobs
         if sample.finish_reason not in ("stop", "length") or len(tokens) != len(logps):
             raise RolloutError(
                 f"vLLM ended prompt {output.request_id}, sample {sample.index} with {sample.finish_reason!r},"
@@ -353,7 +360,7 @@ def _forget_prepacked_experts(model: torch.nn.Module) -> None:
     `is_weight_update = self.moe_kernel is not None`), so the same weights give other log-probs, by 0.02 to 0.16.
     """
     for module in model.modules():
-        method = getattr(module, "quant_method", None)  # only vLLM's own layers have one
+        method: Any = getattr(module, "quant_method", None)  # only vLLM's own layers have one
         if hasattr(method, "moe_kernel"):
             method.moe_kernel = None
 
@@ -361,8 +368,8 @@ def _forget_prepacked_experts(model: torch.nn.Module) -> None:
 def _pack_output_layer(model: torch.nn.Module) -> None:
     """Make the output layer follow a reload of tied embeddings.
 
-    It gets no weight of its own then, so vLLM leaves the copy alone that it packed for the CPU kernel at the first load:
-    log-probs would come from the first weights for ever.
+    It gets no weight of its own then, so vLLM leaves alone the copy that it packed for the CPU kernel at the first
+    load: log-probs would come from the first weights for ever.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-# What vllm/v1/worker/cpu/shm.py, cpu_worker.py and cpu_model_runner.py replace by placeholders that do nothing. Left in
-# place, `torch.set_num_threads` is dead for the trainer and megarl/parallel/cpu.py would save placeholders as originals.
+# What vllm/v1/worker/cpu/shm.py, cpu_worker.py and cpu_model_runner.py replace by placeholders that do nothing. Left
+# in place, `torch.set_num_threads` would be dead for the trainer, and streams and pinned memory not what they say.
 _REPLACED_BY_VLLM: tuple[tuple[Any, str], ...] = (
     (torch, "Event"),
     (torch, "set_num_threads"),
@@ -131,7 +131,7 @@ class SharedProcess:
         """Everything vLLM does happens in here; on leaving, the process is the trainer's again."""
         ours = self._attributes()
         with _random_state_kept(), _settings_kept(), warnings.catch_warnings(), self._without_compiler():
-            warnings.simplefilter("ignore", FutureWarning)  # vLLM's own use of torch, for instance deprecated collectives
+            warnings.simplefilter("ignore", FutureWarning)  # about vLLM's own use of torch
             if self._theirs is not None:
                 self._set_attributes(self._theirs)
             try:
@@ -142,7 +142,7 @@ class SharedProcess:
 
     @contextlib.contextmanager
     def trainer(self, ours: list[Any]) -> Iterator[None]:
-        """Inside `vllm()`: run a piece of the trainer's code (the weights it sends are computed while vLLM loads them)."""
+        """Inside `vllm()`: run a piece of the trainer's code (weights are computed while vLLM loads them)."""
         theirs = self._attributes()
         self._set_attributes(ours)
         try:
@@ -156,25 +156,26 @@ class SharedProcess:
         return self._attributes()
 
     def _without_compiler(self) -> contextlib.AbstractContextManager[Any]:
-        # vLLM compiles one small function of its sampler (the rank of the sampled token, which we do not read): on a CPU
-        # that takes 3 to 20 seconds at the first generation, and a C++ compiler that a fresh machine may not have.
+        # vLLM compiles one small function of its sampler (the rank of the sampled token, which we do not read): on a
+        # CPU that takes 3 to 20 seconds at the first generation, and a C++ compiler, which a fresh machine may lack.
         return torch.compiler.set_stance("force_eager") if self._on_cpu else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def starting(self) -> Iterator[None]:
         """Additionally around the construction of an engine (inside `vllm()`)."""
         start_method = multiprocessing.get_start_method(allow_none=True)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")
-            self._export_ranks()
-            if self._on_cpu:
-                self._enter_cpu_start(stack)
-            yield
-        # vLLM freezes all live objects, the trainer's too; frozen cycles would never be collected.
-        gc.unfreeze()
-        # It makes a Lock, which fixes the start method to fork; the trainer's own choice must still be possible.
-        multiprocessing.set_start_method(start_method, force=True)
+        try:
+            with contextlib.ExitStack() as stack:
+                warnings.simplefilter("ignore")
+                self._export_ranks()
+                if self._on_cpu:
+                    self._enter_cpu_start(stack)
+                yield
+        finally:
+            # vLLM freezes all live objects, the trainer's too; frozen cycles would never be collected.
+            gc.unfreeze()
+            # It makes a Lock, which fixes the start method to fork; the trainer's own choice must still be possible.
+            multiprocessing.set_start_method(start_method, force=True)
 
     def _export_ranks(self) -> None:
         """external_launcher reads RANK and LOCAL_RANK; the process group and the current device know better."""

@@ -1,4 +1,4 @@
-"""Tiny Hugging Face models with random weights, and what transformers says about tokens: the truth vLLM is compared with.
+"""Tiny Hugging Face models with random weights, and the log-probs that transformers gives tokens.
 
 Heads have 32 dimensions, the smallest that vLLM's CPU attention has a kernel for.
 """

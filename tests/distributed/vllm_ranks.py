@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import tiny_models
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
@@ -16,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from megarl.config import RolloutConfig
 from megarl.rollout.vllm_engine import Completion, Sampling, VLLMEngine
+from tests.distributed import tiny_models
 
 assert "vllm" not in sys.modules, "importing megarl.rollout.vllm_engine must stay light"
 
@@ -93,7 +93,7 @@ def check_replicas(model_dir: Path, greedy: list[list[Completion]]) -> None:
 
 
 def check_experts(model_dir: Path) -> None:
-    """Mixture of experts: the same weights again must not change anything (vLLM packs experts for the CPU once only)."""
+    """Mixture of experts: the same weights again must change nothing (vLLM itself packs experts once only)."""
     engine = make(model_dir, tp=2)
     groups = engine.generate(PROMPTS, SAMPLING, seed=0)
     check_logps(model_dir, groups)

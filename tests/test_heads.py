@@ -1,0 +1,43 @@
+"""The chunked head against plain autograd on whole logits, in fp32, values and gradients."""
+
+import pytest
+import torch
+
+from megarl.model.heads import VocabShard, token_logprobs
+
+
+@pytest.mark.parametrize("chunk", [3, 100])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("padding", [0, 5])
+def test_values_and_gradients_equal_autograd(chunk, temperature, padding):
+    torch.manual_seed(0)
+    n, h, v = 11, 8, 17
+    targets = torch.randint(0, v, (n,))
+    up, down = torch.randn(n), torch.randn(n)  # gradients that arrive at logps and entropy
+    hidden, weight = torch.randn(n, h, requires_grad=True), torch.randn(v + padding, h, requires_grad=True)
+    logps, entropy = token_logprobs(hidden, weight, targets, VocabShard(0, v, None), temperature, chunk)
+    (logps @ up + entropy @ down).backward()
+
+    plain_hidden, plain_weight = hidden.detach().clone().requires_grad_(), weight.detach().clone().requires_grad_()
+    log_p = torch.log_softmax(plain_hidden @ plain_weight[:v].T / temperature, -1)
+    expected, expected_entropy = log_p[torch.arange(n), targets], -(log_p.exp() * log_p).sum(-1)
+    (expected @ up + expected_entropy @ down).backward()
+
+    close = {"rtol": 1e-5, "atol": 2e-6}
+    torch.testing.assert_close(logps, expected, **close)
+    torch.testing.assert_close(entropy, expected_entropy, **close)
+    torch.testing.assert_close(hidden.grad, plain_hidden.grad, **close)
+    torch.testing.assert_close(weight.grad, plain_weight.grad, **close)
+
+
+def test_no_selected_token():
+    hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.randn(6, 4, requires_grad=True)
+    logps, _ = token_logprobs(hidden, weight, torch.zeros(0, dtype=torch.int64), VocabShard(0, 6, None), 1.0, 8)
+    logps.sum().backward()
+    assert logps.shape == (0,) and weight.grad.abs().sum() == 0
+
+
+def test_logits_far_apart_do_not_overflow():
+    hidden, weight = torch.tensor([[1e4]]), torch.tensor([[1.0], [0.0], [-1.0]])
+    logps, entropy = token_logprobs(hidden, weight, torch.tensor([0]), VocabShard(0, 3, None), 1.0, 8)
+    assert logps.item() == 0.0 and entropy.item() == 0.0

@@ -1,0 +1,78 @@
+"""Packing: plans by hand and by property, and the tensors of a small microbatch written out."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megarl.data.packing import balance, microbatches_of, pack, token_weights
+from megarl.data.records import Sample
+
+CPU = torch.device("cpu")
+lengths_of = st.lists(st.integers(1, 50), min_size=1, max_size=60)
+
+
+def test_balance_by_hand():
+    # Longest first to the lightest: 8 | 7 | then 6 to the 7? No: to the empty third, 5 to 6, 4 to 7.
+    assert balance([4, 8, 6, 7, 5], 3) == [[1], [0, 3], [2, 4]]
+
+
+@given(lengths_of, st.integers(1, 8))
+def test_balance_deals_everything_once_and_evenly(lengths, parts):
+    groups = balance(lengths, parts)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    totals = [sum(lengths[i] for i in group) for group in groups]
+    # Graham's bound against the largest of the two lower bounds of any deal.
+    best = max(max(lengths), -(-sum(lengths) // parts))
+    assert max(totals) <= 4 / 3 * best + max(lengths) / 3
+
+
+@given(lengths_of, st.integers(50, 200))
+def test_microbatches_respect_the_budget(lengths, budget):
+    groups = microbatches_of(lengths, budget)
+    assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
+    assert all(0 < sum(lengths[i] for i in group) <= budget for group in groups)
+
+
+def test_a_sequence_over_the_budget_is_refused():
+    with pytest.raises(ValueError, match="51 tokens does not fit a microbatch of 50"):
+        microbatches_of([3, 51], 50)
+
+
+def test_pack_written_out():
+    a = Sample("a", 0, [10, 11, 12, 13], 2, rollout_logps=torch.tensor([-0.1, -0.2]), advantage=2.0)
+    b = Sample("b", 0, [20, 21, 22], 1, rollout_logps=torch.tensor([-0.3, -0.4]), advantage=-1.0)
+    batch = pack([a, b], CPU, multiple=4)
+    assert batch.cu_seqlens == [0, 3, 8]  # b's two positions and three of padding behind it
+    assert batch.tokens.tolist() == [10, 11, 12, 20, 21, 0, 0, 0]
+    assert batch.targets.tolist() == [11, 12, 13, 21, 22, 0, 0, 0]
+    assert batch.positions.tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
+    assert batch.loss_mask.tolist() == [False, True, True, True, True, False, False, False]
+    assert batch.advantages.tolist() == [0, 2, 2, -1, -1, 0, 0, 0]
+    torch.testing.assert_close(batch.rollout_logps, torch.tensor([0, -0.1, -0.2, -0.3, -0.4, 0, 0, 0]))
+    assert batch.old_logps is None
+    x = torch.arange(8.0)
+    assert batch.per_sequence(x).tolist() == [1 + 2, 3 + 4]
+    assert [part.tolist() for part in batch.response_of(x)] == [[1, 2], [3, 4]]
+
+
+@pytest.mark.parametrize(
+    "mode, weights, count",
+    [
+        ("token-mean", [1, 1, 1, 0], 3),
+        ("seq-mean-token-mean", [0.5, 0.5, 1, 0], 2),
+        ("seq-mean-token-sum", [1, 1, 1, 0], 2),
+        ("seq-mean-token-sum-norm", [0.1, 0.1, 0.1, 0], 2),
+    ],
+)
+def test_token_weights_by_hand(mode, weights, count):
+    """Two responses of 2 and 1 tokens, and a sequence without any, which counts nowhere."""
+    mask, sequence = torch.tensor([True, True, True, False]), torch.tensor([0, 0, 1, 2])
+    got, total = token_weights(mask, sequence, torch.tensor([2, 1, 0]), mode, max_response_length=10)
+    torch.testing.assert_close(got, torch.tensor(weights, dtype=torch.float32))
+    assert total == count
+
+
+def test_a_fully_masked_pack_has_weight_zero():
+    batch = pack([Sample("a", 0, [1, 2], prompt_length=2)], CPU)
+    assert batch.count == 0 and batch.weights.sum() == 0 and not batch.loss_mask.any()
