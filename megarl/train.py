@@ -1,7 +1,7 @@
 """What every rank runs: ``torchrun ... -m megarl.train recipe.yaml [key=value ...]``.
 
-Loads the config (exit code 2 with every problem listed, before any process group), joins the mesh, runs the algorithm, and
-leaves with all ranks. A rank that fails says who and where it is, and which ranks it was perhaps waiting for.
+Loads the config (exit code 2 with every problem listed, before any process group), joins the mesh, runs the algorithm,
+and leaves with all ranks. A rank that fails says who and where it is, and which ranks it was perhaps waiting for.
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ def ranks() -> Iterator[RankPool]:
 
 @pytest.fixture(scope="session")
 def tiny_hf(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """``tiny_hf("qwen2", tie_word_embeddings=True)``: a directory with a random model of that family, made once a session."""
+    """``tiny_hf("qwen2", tie_word_embeddings=True)``: a directory with a random model of that family, made once a
+    session."""
     made: dict[str, Path] = {}
 
     def make(family: str, **changes: Any) -> Path:
@@ -46,7 +47,7 @@ def tiny_hf(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
 
 def _save_random(family: str, path: Path, changes: dict[str, Any]) -> Path:
     import torch
-    from transformers import AutoModelForCausalLM, CONFIG_MAPPING
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     torch.manual_seed(len(family))
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**TINY | changes)).float()

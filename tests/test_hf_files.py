@@ -39,7 +39,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_name(tiny_hf, tmp_path, ch
 
 
 def test_what_holds_no_weight_is_passed_over(tiny_hf, tmp_path):
-    path = damaged(tiny_hf, tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}))
+    path = damaged(
+        tiny_hf, tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)})
+    )
     check_names(read_spec(path), HFCheckpoint(path))
 
 
@@ -52,7 +54,7 @@ def test_an_index_cannot_point_outside(tmp_path):
 def test_a_truncated_file_is_named(tiny_hf, tmp_path):
     whole = (tiny_hf("llama") / "model.safetensors").read_bytes()
     (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(Exception, match="model.safetensors|incomplete|Header"):
+    with pytest.raises(Exception, match=r"model\.safetensors|incomplete|Header"):
         HFCheckpoint(tmp_path).read(NORM, slice(0, 1))
 
 

@@ -44,7 +44,9 @@ LOG2 = math.log(2)
     ],
 )
 def test_ppo_clip(log_ratio, advantage, value, gradient):
-    values, grads, _ = value_and_gradient(ppo_clip, [-1.0 + log_ratio], batch_of(advantages=[advantage], old_logps=[-1.0]), LossConfig())
+    values, grads, _ = value_and_gradient(
+        ppo_clip, [-1.0 + log_ratio], batch_of(advantages=[advantage], old_logps=[-1.0]), LossConfig()
+    )
     assert values == pytest.approx([value]) and grads == pytest.approx([gradient])
 
 
@@ -65,7 +67,9 @@ def test_dual_clip_bounds_the_loss_of_negative_advantages():
 @pytest.mark.parametrize("gap", [80.0, 1000.0, -80.0, -1000.0])
 @pytest.mark.parametrize("advantage", [1.0, -1.0])
 def test_huge_ratios_stay_finite(gap, advantage):
-    values, grads, _ = value_and_gradient(ppo_clip, [gap], batch_of(advantages=[advantage], old_logps=[0.0]), LossConfig())
+    values, grads, _ = value_and_gradient(
+        ppo_clip, [gap], batch_of(advantages=[advantage], old_logps=[0.0]), LossConfig()
+    )
     assert math.isfinite(values[0]) and grads == [0.0]
 
 
@@ -126,7 +130,9 @@ def test_a_mismatch_over_the_threshold_is_an_error_that_says_what_to_look_at():
     metrics = {"gen_kl_error": 0.02, "token_mult_prob_error": 1.0}
     check_mismatch(metrics, WeightSyncConfig())
     check_mismatch(metrics, WeightSyncConfig(max_gen_kl_error=0.1))
-    with pytest.raises(MismatchError, match="gen_kl_error is 2.000e-02, over weight_sync.max_gen_kl_error=0.01.*top_p"):
+    with pytest.raises(
+        MismatchError, match=r"gen_kl_error is 2.000e-02, over weight_sync.max_gen_kl_error=0.01.*top_p"
+    ):
         check_mismatch(metrics, WeightSyncConfig(max_gen_kl_error=0.01))
     with pytest.raises(MismatchError):  # NaN is over every threshold
         check_mismatch(metrics | {"gen_kl_error": math.nan}, WeightSyncConfig(max_gen_kl_error=0.01))

@@ -1,4 +1,5 @@
-"""The observers: phases, metrics files, console lines, the report, FLOPs. Figures are derived by hand in the comments."""
+"""The observers: phases, metrics files, console lines, the report, FLOPs. Figures are derived by hand in the
+comments."""
 
 import io
 import json

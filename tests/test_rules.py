@@ -89,7 +89,7 @@ def test_rules_name_exactly_what_transformers_saves(tiny_hf, family):
 
     path = tiny_hf(family)
     with safe_open(path / "model.safetensors", "pt") as file:
-        saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        saved = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     ours: dict = {}
     for tensor in read_spec(path).tensors():
         ours |= tensor.hf_shapes()
@@ -116,7 +116,13 @@ def test_what_is_not_computed_is_refused(tiny_hf, tmp_path, changes, reason):
 def test_old_and_new_spellings_of_rope(tiny_hf, tmp_path):
     config = json.loads((tiny_hf("llama") / "config.json").read_text())
     del config["rope_parameters"]
-    scaling = {"type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 32}
+    scaling = {
+        "type": "llama3",
+        "factor": 8,
+        "low_freq_factor": 1,
+        "high_freq_factor": 4,
+        "original_max_position_embeddings": 32,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config | {"rope_theta": 5e5, "rope_scaling": scaling}))
     assert read_spec(tmp_path).rope == Rope(5e5, "llama3", 8.0, 1.0, 4.0, 32)
 
@@ -128,6 +134,10 @@ def test_rotary_frequencies_equal_transformers():
     from megarl.model.rope import inverse_frequencies
 
     said = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    config = LlamaConfig(rope_parameters=said | {"original_max_position_embeddings": 64}, hidden_size=64, num_attention_heads=1)
+    config = LlamaConfig(
+        rope_parameters=said | {"original_max_position_embeddings": 64}, hidden_size=64, num_attention_heads=1
+    )
     expected, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    torch.testing.assert_close(inverse_frequencies(Rope(5e5, "llama3", 8.0, 1.0, 4.0, 64), 64), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        inverse_frequencies(Rope(5e5, "llama3", 8.0, 1.0, 4.0, 64), 64), expected, rtol=1e-6, atol=0
+    )

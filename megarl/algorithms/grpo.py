@@ -27,7 +27,8 @@ from megarl.weights.sync import push
 
 
 def train(cfg: Config, run: Run, mesh: Mesh) -> None:
-    """One rollout a step; one optimizer update for every ``train_global_batch_size`` of its samples, ``ppo_epochs`` times."""
+    """One rollout a step; one optimizer update for every ``train_global_batch_size`` of its samples, ``ppo_epochs``
+    times."""
     with run.phase("load"):
         tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
         prompts = load_prompts(cfg.data, tokenizer)

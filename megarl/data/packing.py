@@ -64,7 +64,8 @@ def pack(
     """Lay samples end to end, shifted once.
 
     Args:
-        multiple: T is lengthened to a multiple of this (sequence parallelism wants TP) by padding behind the last sequence.
+        multiple: T is lengthened to a multiple of this (sequence parallelism wants TP) by padding behind the
+            last sequence.
         loss_agg_mode: see `token_weights`.
         max_response_length: the constant of ``seq-mean-token-sum-norm``.
     """

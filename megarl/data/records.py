@@ -1,7 +1,7 @@
 """What is trained on: a `Sample` is one sequence, a `MicroBatch` is several of them laid end to end.
 
-Shapes: T tokens of a microbatch, n its sequences. A sequence of L tokens contributes L - 1 positions: tokens are shifted
-once, when they are packed, so position t always means "predict targets[t] from tokens up to t". ``logps``,
+Shapes: T tokens of a microbatch, n its sequences. A sequence of L tokens contributes L - 1 positions: tokens are
+shifted once, when they are packed, so position t always means "predict targets[t] from tokens up to t". ``logps``,
 ``rollout_logps`` and the like of a sample are of its response tokens, in order.
 """
 

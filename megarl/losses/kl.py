@@ -1,4 +1,5 @@
-"""Per-token estimators of KL(policy || reference) from samples of the policy (Schulman, joschu.net/blog/kl-approx.html)."""
+"""Per-token estimators of KL(policy || reference) from samples of the policy (Schulman,
+joschu.net/blog/kl-approx.html)."""
 
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ def kl(logps: Tensor, ref_logps: Tensor, kl_type: str) -> Tensor:
     k3    exp(-d) - 1 + d     unbiased and never negative; GRPO's (2402.03300, eq. 4)
     ====  ==================  ==========================================================
 
-    k3 of a reference that is e^20 times likelier is capped there: its exponential would swamp the step. Such a token has no
-    KL gradient. Raises ValueError for another name.
+    k3 of a reference that is e^20 times likelier is capped there: its exponential would swamp the step. Such a token
+    has no KL gradient. Raises ValueError for another name.
     """
     d = logps - ref_logps
     if kl_type == "k1":

@@ -60,8 +60,11 @@ def ppo_clip(logps: Tensor, batch: MicroBatch, cfg: LossConfig) -> tuple[Tensor,
 
 
 def importance_weights(old_logps: Tensor, batch: MicroBatch, cap: float) -> Tensor:
-    """[T]: min(pi_old / pi_rollout, cap), without gradient: corrects for the engine that sampled not computing exactly what
-    the trainer computes (Yao et al., fengyao.notion.site/off-policy-rl)."""
+    """[T]: min(pi_old / pi_rollout, cap), without gradient.
+
+    Corrects for the sampling engine not computing exactly what the trainer computes (Yao et al.,
+    fengyao.notion.site/off-policy-rl).
+    """
     assert batch.rollout_logps is not None, "truncated importance sampling needs rollout_logps"
     log_ratio = (old_logps - batch.rollout_logps).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     return log_ratio.exp().clamp(max=cap).detach()

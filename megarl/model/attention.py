@@ -8,6 +8,7 @@ Shapes: T packed tokens, h this rank's query heads, g its key/value heads, d the
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,8 +28,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig  # no
 class PackedLayout(PackedSeqParams):
     """megatron's description of packed sequences, with the plan `PackedAttention` follows, made once a microbatch.
 
-    Sequences of similar length form a rectangle ``[n, m]`` of token indices (short ones repeat their last token), so that a
-    handful of causal attention calls serves hundreds of sequences and at most half of a rectangle is padding.
+    Sequences of similar length form a rectangle ``[n, m]`` of token indices (short ones repeat their last token), so
+    that a handful of causal attention calls serves hundreds of sequences and at most half of a rectangle is padding.
     ``restore [T]`` finds every token in the rectangles laid end to end.
     """
 
@@ -38,7 +39,7 @@ class PackedLayout(PackedSeqParams):
 
 def packed_layout(cu_seqlens: list[int], device: torch.device, *, transformer_engine: bool) -> PackedLayout:
     """Describe sequences ``cu_seqlens[i]:cu_seqlens[i+1]`` of one pack to megatron."""
-    lengths = [b - a for a, b in zip(cu_seqlens, cu_seqlens[1:], strict=False)]
+    lengths = [b - a for a, b in pairwise(cu_seqlens)]
     # Rounded up: megatron caches one rotary table per value.
     longest = -(-max(lengths) // 64) * 64
     cu = torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
@@ -77,9 +78,12 @@ def _rectangles(cu_seqlens: list[int], lengths: list[int], device: torch.device)
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention over packed sequences by torch's scaled_dot_product_attention, with grouped queries and a sliding window."""
+    """Causal attention over packed sequences by torch's scaled_dot_product_attention, with grouped queries and a
+    sliding window."""
 
-    def __init__(self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: Any) -> None:
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: Any
+    ) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
@@ -117,7 +121,8 @@ class PackedAttention(MegatronModule):
 
 
 class RMSNorm(torch.nn.Module):
-    """Root-mean-square norm whose weight tells megarl's and megatron's reductions that sequence parallelism splits its input."""
+    """Root-mean-square norm whose weight tells megarl's and megatron's reductions that sequence parallelism splits its
+    input."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
         super().__init__()

@@ -44,8 +44,8 @@ def uses_transformer_engine(device: torch.device) -> bool:
 class PolicyModel(GPTModel):
     """GPTModel whose last stage returns ``[2, T]``: log-probability of each label and entropy of its distribution.
 
-    Only tokens that ``loss_mask`` selects reach the head; the others' entries are 0. Without labels it returns logits, as
-    GPTModel does.
+    Only tokens that ``loss_mask`` selects reach the head; the others' entries are 0. Without labels it returns logits,
+    as GPTModel does.
     """
 
     def __init__(self, *, true_vocab_size: int, temperature: float, logprob_chunk_size: int, **kwargs: Any) -> None:
@@ -180,7 +180,8 @@ def build_model(cfg: Config, spec: ModelSpec, mesh: Mesh, temperature: float) ->
 
 
 def mark_shards(model: PolicyModel, spec: ModelSpec) -> None:
-    """Tell megatron which parameters tensor parallelism cuts, as its own initialisation, which we leave out, would have.
+    """Tell megatron which parameters tensor parallelism cuts, as its own initialisation, which we leave out, would
+    have.
 
     Without the mark a parameter counts as a replica: the gradient norm would be that of the first tensor-parallel rank.
     """

@@ -1,8 +1,8 @@
 """The engine: one megatron-core model on this rank, and the verbs that loops use: ``logps``, ``step``, ``holding``.
 
 Reduction lives here and nowhere else. A loss returns one value a token; the engine returns
-``(sum of weights x loss, count)`` to megatron's schedule with ``calculate_per_token_loss=True``; megatron sums both over
-microbatches and data parallelism and divides gradients once. So gradients do not depend on how the step was cut.
+``(sum of weights x loss, count)`` to megatron's schedule with ``calculate_per_token_loss=True``; megatron sums both
+over microbatches and data parallelism and divides gradients once. So gradients do not depend on how the step was cut.
 
 Every verb is a collective over all ranks, and enters megatron's platform by itself.
 """
@@ -73,7 +73,8 @@ class Engine:
     # ---- verbs -------------------------------------------------------------------------------------------------------
 
     def logps(self, samples: list[Sample]) -> list[Tensor]:
-        """Log-probabilities of every sample's response tokens: one fp32 [response] tensor a sample, on every rank of the replica."""
+        """Log-probabilities of every sample's response tokens: one fp32 [response] tensor a sample, on every rank of
+        the replica."""
         batches, order = self._microbatches(samples, self.cfg.train.logprob_mb_tokens)
         self.model.eval()
         with self.mesh.platform(), torch.no_grad():
@@ -82,7 +83,9 @@ class Engine:
         lengths = [sample.response_length for batch in batches for sample in batch.samples]
         flat = torch.empty(sum(lengths), device=self.mesh.device)
         if self.mesh.is_last_stage:
-            flat = torch.cat([part for batch, out in zip(batches, collected, strict=True) for part in batch.response_of(out)])
+            flat = torch.cat(
+                [part for batch, out in zip(batches, collected, strict=True) for part in batch.response_of(out)]
+            )
         if self.mesh.pp_size > 1:
             dist.broadcast(flat, self.mesh.last_stage_rank, group=self.mesh.pp_group)
         packed = flat.split(lengths)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class VocabShard:
-    """This rank's rows of the head: token ids ``start <= id < start + size``; padding rows beyond them are never computed."""
+    """This rank's rows of the head: token ids ``start <= id < start + size``; padding rows beyond them are never
+    computed."""
 
     start: int
     size: int

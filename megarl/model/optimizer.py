@@ -1,4 +1,5 @@
-"""megatron's optimizer and learning-rate schedule, and the Adam it gets where Transformer Engine and Apex are missing."""
+"""megatron's optimizer and learning-rate schedule, and the Adam it gets where Transformer Engine and Apex are
+missing."""
 
 from __future__ import annotations
 
@@ -68,7 +69,8 @@ class FusedAdamW(torch.optim.Optimizer):
 
 @contextlib.contextmanager
 def _our_adam() -> Iterator[None]:
-    """Megatron falls back to torch's AdamW without Transformer Engine or Apex; let it find ours for the moment of building."""
+    """Megatron falls back to torch's AdamW without Transformer Engine or Apex; let it find ours for the moment of
+    building."""
     if not megatron_optimizer.USING_PYTORCH_OPTIMIZER:
         yield
         return

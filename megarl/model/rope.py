@@ -1,4 +1,5 @@
-"""Rotary frequencies from a model's config.json, in fp32, by the formulas of transformers' ``modeling_rope_utils.py``."""
+"""Rotary frequencies from a model's config.json, in fp32, by the formulas of transformers'
+``modeling_rope_utils.py``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The end of a run: a short table and a picture, both from the records of metrics.jsonl.
 
-A record is one step's flat dict (see metrics.py). `timing_s/step` is the whole step, every other `timing_s/<phase>` a part
-of it; a record without it (validation before the first step) counts as the sum of its phases.
+A record is one step's flat dict (see metrics.py). `timing_s/step` is the whole step, every other `timing_s/<phase>` a
+part of it; a record without it (validation before the first step) counts as the sum of its phases.
 """
 
 import math

@@ -13,7 +13,7 @@ from megarl.observe.console import Console
 from megarl.observe.metrics import MetricsLog, read_metrics
 from megarl.observe.report import plot_rewards, summary
 from megarl.observe.throughput import ModelShape, mfu, tokens_per_second_per_device, train_flops
-from megarl.observe.timers import PhaseWatchdog, Phases
+from megarl.observe.timers import Phases, PhaseWatchdog
 
 CONFIG_FILE = "config.yaml"
 PLOT_FILE = "reward.png"
@@ -55,7 +55,8 @@ class Run:
             yield
 
     def report(self, step: int, total_steps: int, metrics: dict[str, float], lengths: Sequence[int] = ()) -> None:
-        """Log a step with the seconds of its phases, and show its line. ``lengths`` are those of the sequences trained on."""
+        """Log a step with the seconds of its phases, and show its line. ``lengths`` are those of the sequences trained
+        on."""
         metrics = metrics | self.phases.pop()
         if lengths:
             tokens = sum(lengths)

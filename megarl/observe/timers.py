@@ -1,7 +1,7 @@
 """Seconds per phase of a step.
 
-`with phases("generate"): ...` adds the seconds of the block to that phase; `pop()` hands out what has gathered since the
-last `pop()` as `timing_s/<phase>` metrics. Phases may be nested: the outer one includes the inner one.
+`with phases("generate"): ...` adds the seconds of the block to that phase; `pop()` hands out what has gathered since
+the last `pop()` as `timing_s/<phase>` metrics. Phases may be nested: the outer one includes the inner one.
 A watchdog, where one is given, hears which phase the rank is in, so that a hang can be named.
 """
 

@@ -20,7 +20,8 @@ def gather_objects(mine: Any, group: dist.ProcessGroup) -> list[Any]:
 
 
 def exchange_samples(outgoing: list[list[Sample]], group: dist.ProcessGroup) -> list[list[Sample]]:
-    """Send ``outgoing[r]`` to rank r; returns what each rank sent here. Tokens and log-probabilities travel as flat tensors.
+    """Send ``outgoing[r]`` to rank r; returns what each rank sent here. Tokens and log-probabilities travel as flat
+    tensors.
 
     No rank holds more than what it samples and what it trains on.
     """

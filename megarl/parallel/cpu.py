@@ -1,8 +1,8 @@
 """Megatron-core on a machine without CUDA.
 
-megatron-core writes ``device="cuda"`` and ``torch.cuda.current_device()`` throughout. `megatron_on_cpu` makes those calls
-mean the CPU *while it is entered* and puts everything back on leaving: nothing is patched on import. Every Engine verb
-enters it; vLLM, which lives in the same process, never sees it.
+megatron-core writes ``device="cuda"`` and ``torch.cuda.current_device()`` throughout. `megatron_on_cpu` makes those
+calls mean the CPU *while it is entered* and puts everything back on leaving: nothing is patched on import. Every
+Engine verb enters it; vLLM, which lives in the same process, never sees it.
 
 Attributes are replaced rather than a ``TorchFunctionMode`` entered, because a mode costs a Python call for every torch
 operation of the model and this costs one only for tensor factories.
@@ -79,7 +79,8 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 def _cuda_type_name(original: Callable[..., Any]) -> Callable[..., Any]:
-    """``tensor.type()`` as DistributedOptimizer wants to read it: it compares with 'torch.cuda.FloatTensor' and friends."""
+    """``tensor.type()`` as DistributedOptimizer wants to read it: it compares with 'torch.cuda.FloatTensor' and
+    friends."""
 
     def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs:

@@ -1,9 +1,9 @@
 """A deadline on every phase, and a name for whoever breaks it.
 
-Each rank's watchdog thread writes a heartbeat (host, phase) to a store of the job's once a second. A rank that stays in one
-phase longer than the deadline prints every thread's stack, says which ranks are silent or behind, and ends its process;
-the launcher then ends the rest. The collectives have the same deadline. A rank whose peer died hears of it by an exception
-or by the launcher's SIGTERM, and says the same sentence about it before it goes.
+Each rank's watchdog thread writes a heartbeat (host, phase) to a store of the job's once a second. A rank that stays
+in one phase longer than the deadline prints every thread's stack, says which ranks are silent or behind, and ends its
+process; the launcher then ends the rest. The collectives have the same deadline. A rank whose peer died hears of it by
+an exception or by the launcher's SIGTERM, and says the same sentence about it before it goes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Watchdog:
         self._thread.start()
 
     def _own_store(self) -> dist.Store:
-        """A store of rank 0's beside the job's own, whose connection may be waiting in a collective's set-up when we need it."""
+        """A store on rank 0 beside the job's own, whose connection may be busy in a collective's set-up."""
         timeout = timedelta(seconds=30)
         address: list[Any] = [None]
         if self.rank == 0:
@@ -136,8 +136,7 @@ class Watchdog:
                 self.report("told to stop (SIGTERM)", peers=True)
                 os._exit(EXIT_TERMINATED)
             self._beat()
-            name, since = self._phases[-1]
-            if time.monotonic() - since > self.deadline_s:
+            if time.monotonic() - self._phases[-1][1] > self.deadline_s:
                 self._end()
 
     def _end(self) -> None:
@@ -149,8 +148,10 @@ class Watchdog:
 
 
 def _signals_as_bytes() -> socket.socket:
-    """A socket that gets a byte for every signal, at once and from whichever thread: the main thread, inside a collective, could
-    not run a handler for SIGTERM."""
+    """A socket that gets a byte for every signal, at once and from whichever thread.
+
+    The main thread, inside a collective, could not run a handler for SIGTERM.
+    """
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     signal.set_wakeup_fd(theirs.detach(), warn_on_full_buffer=False)
@@ -167,7 +168,8 @@ def _is_collective(error: BaseException) -> bool:
 
 
 def die_with_parent() -> None:
-    """Let the kernel end this process when the launcher that started it dies: no orphans, not even after kill -9. Linux only."""
+    """Let the kernel end this process when the launcher that started it dies: no orphans, not even after kill -9.
+    Linux only."""
     if sys.platform != "linux":
         return
     pr_set_pdeathsig = 1

@@ -1,7 +1,7 @@
 """From prompts to scored groups: each engine samples its share of the step's prompts, its leading rank scores them.
 
-Every rank then knows the whole step as a small table (lengths, rewards, what went wrong); tokens and log-probabilities stay
-where they were sampled until `Rollout.deal` sends each sample to the replica that trains on it.
+Every rank then knows the whole step as a small table (lengths, rewards, what went wrong); tokens and log-probabilities
+stay where they were sampled until `Rollout.deal` sends each sample to the replica that trains on it.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Row:
 
 @dataclass
 class Rollout:
-    """One step's samples. ``rows`` is the same on every rank, in the order of prompts; ``mine`` holds what was sampled here."""
+    """One step's samples. ``rows`` is the same on every rank, in the order of prompts; ``mine`` holds what was sampled
+    here."""
 
     rows: list[Row]  # N, of groups that were scored whole
     errors: list[str]  # what was wrong with the samples of dropped groups
@@ -68,8 +69,8 @@ class Rollout:
     def deal(self, advantages: Tensor, sequences_per_update: int) -> list[list[Sample]]:
         """Send every sample to the replica that trains on it.
 
-        Whole steps are cut, in order, into updates of ``sequences_per_update`` (the last may be smaller where groups were
-        dropped); each update is dealt over data parallelism in shares of nearly equal length.
+        Whole steps are cut, in order, into updates of ``sequences_per_update`` (the last may be smaller where groups
+        were dropped); each update is dealt over data parallelism in shares of nearly equal length.
 
         Returns:
             for every update, this replica's samples, with their advantages. The same on all ranks of a replica.
@@ -117,8 +118,10 @@ class Sampler:
     """
 
     def __init__(self, cfg: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerBase, phases: Phases) -> None:
-        """Start the engines with the weights of ``cfg.model.path``. Build the sampler before the trainer: vLLM measures the
-        memory that is free. It sleeps until the first `push`."""
+        """Start the engines with the weights of ``cfg.model.path``; they sleep until the first `push`.
+
+        Build the sampler before the trainer: vLLM measures the memory that is free.
+        """
         self.cfg = cfg
         self.mesh = mesh
         self.tokenizer = tokenizer
@@ -130,6 +133,7 @@ class Sampler:
             device_type=mesh.device.type,
             max_model_len=cfg.rollout.max_model_len or cfg.data.max_prompt_length + cfg.rollout.max_response_length,
             seed=cfg.run.seed,
+            deadline_s=cfg.run.deadline_s,
         )
         self.engine.sleep()
         self.leads = mesh.rank % cfg.rollout.tensor_parallel_size == 0
@@ -146,7 +150,8 @@ class Sampler:
         return rollout
 
     def validate(self, prompts: Sequence[Prompt]) -> dict[str, float]:
-        """Accuracy of held-out prompts: the mean reward total (pass@1 where the reward is 0 or 1), and response lengths."""
+        """Accuracy of held-out prompts: the mean reward total (pass@1 where the reward is 0 or 1), and response
+        lengths."""
         v, r = self.cfg.validation, self.cfg.rollout
         sampling = Sampling(
             v.val_num_generations_per_prompt,
@@ -219,6 +224,8 @@ class Sampler:
         broken = {row.prompt for row in rows if row.result.error}
         kept = sorted((row for row in rows if row.prompt not in broken), key=lambda row: (row.prompt, row.index))
         if not kept:
-            raise EmptyStepError(f"no group of this step could be scored; the first of {len(errors)} errors: {errors[0]}")
+            raise EmptyStepError(
+                f"no group of this step could be scored; the first of {len(errors)} errors: {errors[0]}"
+            )
         mine = {at: samples[row.prompt, row.index] for at, row in enumerate(kept) if (row.prompt, row.index) in samples}
         return Rollout(kept, errors, mine, self.mesh)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,9 +77,21 @@ class VLLMEngine:
     """This rank's part of one vLLM engine."""
 
     def __init__(
-        self, model_path: str, rollout: RolloutConfig, *, dtype: str, device_type: str, max_model_len: int, seed: int
+        self,
+        model_path: str,
+        rollout: RolloutConfig,
+        *,
+        dtype: str,
+        device_type: str,
+        max_model_len: int,
+        seed: int,
+        deadline_s: float | None = None,
     ) -> None:
-        """Start the engine with the weights in `model_path`. `seed` must be the same on all ranks of an engine."""
+        """Start the engine with the weights in `model_path`. `seed` must be the same on all ranks of an engine.
+
+        No collective among an engine's ranks waits longer than `deadline_s`; None leaves torch's default of 10 or 30
+        minutes.
+        """
         self._on_cpu = device_type != "cuda"
         self._sleep_level = rollout.sleep_level
         self._max_model_len = max_model_len
@@ -103,12 +116,15 @@ class VLLMEngine:
             from vllm.engine.arg_utils import EngineArgs
             from vllm.v1.engine.llm_engine import LLMEngine
 
+            deadline = None if deadline_s is None else math.ceil(deadline_s)
             args = EngineArgs(
                 **self._arguments(model_path, rollout, dtype),
                 # One rank alone needs no launcher's variables. With more, vLLM joins the groups that exist.
                 distributed_executor_backend="uni" if world == 1 else "external_launcher",
                 max_model_len=max_model_len,
                 seed=seed,
+                distributed_timeout_seconds=deadline,
+                cpu_distributed_timeout_seconds=deadline,
             )
             config = _checked_config(args)
             self._vocab_size = config.model_config.get_vocab_size()

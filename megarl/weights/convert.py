@@ -1,7 +1,8 @@
 """Live megatron-core models to and from Hugging Face weights, by the family's rules.
 
-`load_hf` reads, on every rank, exactly the bytes of that rank's parameters, without any collective. `WeightStream` gives
-the whole model back as HF tensors, layer by layer in bounded buckets, on every rank: vLLM's push and `save_hf` consume it.
+`load_hf` reads, on every rank, exactly the bytes of that rank's parameters, without any collective. `WeightStream`
+gives the whole model back as HF tensors, layer by layer in bounded buckets, on every rank: vLLM's push and `save_hf`
+consume it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from megarl.weights.shard import local_shape, segments
 
 
 def check_names(spec: ModelSpec, checkpoint: HFCheckpoint) -> None:
-    """Every tensor of the model is in the checkpoint with its shape, and nothing else is. Raises CheckpointError naming all."""
+    """Every tensor of the model is in the checkpoint with its shape, and nothing else is. Raises CheckpointError
+    naming all."""
     wanted: dict[str, tuple[int, ...]] = {}
     for tensor in spec.tensors():
         wanted |= tensor.hf_shapes()
@@ -51,7 +53,9 @@ def load_hf(model: torch.nn.Module, spec: ModelSpec, mesh: Mesh, checkpoint: HFC
     read = 0
     for name, parameter in canonical_parameters(model, spec.tied):
         if name not in canon:
-            raise CheckpointError(f"no rule of family {spec.family.name} fills parameter {name} {tuple(parameter.shape)}")
+            raise CheckpointError(
+                f"no rule of family {spec.family.name} fills parameter {name} {tuple(parameter.shape)}"
+            )
         tensor = canon[name]
         _check_shape(tensor, parameter, mesh.tp_size)
         filled = 0
@@ -67,7 +71,9 @@ def load_hf(model: torch.nn.Module, spec: ModelSpec, mesh: Mesh, checkpoint: HFC
 def _check_shape(tensor: CanonTensor, parameter: torch.Tensor, tp_size: int) -> None:
     expected = local_shape(tensor, tp_size)
     if tuple(parameter.shape) != expected:
-        raise CheckpointError(f"{tensor.name}: megatron built {tuple(parameter.shape)}, its rule says {expected} at TP {tp_size}")
+        raise CheckpointError(
+            f"{tensor.name}: megatron built {tuple(parameter.shape)}, its rule says {expected} at TP {tp_size}"
+        )
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,8 @@ class WeightStream:
 
 
 def save_hf(stream: WeightStream, path: str | Path, carry_from: str | Path) -> None:
-    """Write an HF directory that transformers and vLLM load. A collective; rank 0 writes, one file in memory at a time."""
+    """Write an HF directory that transformers and vLLM load. A collective; rank 0 writes, one file in memory at a
+    time."""
     writer = HFWriter(path) if stream.mesh.rank == 0 else None
     for name, tensor in stream:
         if writer:

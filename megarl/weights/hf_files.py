@@ -41,7 +41,7 @@ class HFCheckpoint:
         if not single.exists():
             raise CheckpointError(f"{self.path}: neither {_INDEX} nor {_SINGLE} is there (only safetensors are read)")
         with safe_open(single, "pt") as file:
-            return {name: single for name in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
+            return dict.fromkeys(file.keys(), single)
 
     def _inside(self, file: str) -> Path:
         path = (self.path / file).resolve()
@@ -114,7 +114,7 @@ class HFWriter:
         for k, names in enumerate(self._files):
             file = _SINGLE if count == 1 else f"model-{k + 1:05d}-of-{count:05d}.safetensors"
             os.rename(self._partial / f"part-{k}", self._partial / file)
-            weight_map.update({name: file for name in names})
+            weight_map.update(dict.fromkeys(names, file))
         if count > 1:
             index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
             (self._partial / _INDEX).write_text(json.dumps(index, indent=2) + "\n")

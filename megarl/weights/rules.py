@@ -1,10 +1,12 @@
-"""Weight rules: how one megatron-core tensor is made of Hugging Face tensors. Values, not code: they know no process group.
+"""Weight rules: how one megatron-core tensor is made of Hugging Face tensors. Values, not code: they know no process
+group.
 
-A rule lists the *runs* of rows of HF tensors that, laid end to end, are the rows of the megatron tensor as its torch_dist
-checkpoint has it (no tensor parallelism, no vocabulary padding). Reading and writing both follow the same runs, so there is
-no second direction to drift. Names are megatron's torch_dist keys; ``{i}`` is the layer.
+A rule lists the *runs* of rows of HF tensors that, laid end to end, are the rows of the megatron tensor as its
+torch_dist checkpoint has it (no tensor parallelism, no vocabulary padding). Reading and writing both follow the same
+runs, so there is no second direction to drift. Names are megatron's torch_dist keys; ``{i}`` is the layer.
 
-Layouts: Megatron-LM, ``megatron/core/transformer/attention.py`` (query groups interleaved) and ``mlp.py`` (gate over up).
+Layouts: Megatron-LM, ``megatron/core/transformer/attention.py`` (query groups interleaved) and ``mlp.py`` (gate over
+up).
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ class Run:
 class CanonTensor:
     """One whole megatron tensor: its torch_dist name and shape, and the HF rows it is made of, in order.
 
-    ``stride`` is megatron's ``partition_stride``: a gated fc1 is two blocks [gate; up], and a rank holds a piece of each.
+    ``stride`` is megatron's ``partition_stride``: a gated fc1 is two blocks [gate; up], and a rank holds a piece of
+    each.
     """
 
     name: str
@@ -90,7 +93,8 @@ class Copy:
 
 @dataclass(frozen=True)
 class QKV:
-    """Query, key and value, interleaved by query group: for each group its query heads, then its key head, then its value head.
+    """Query, key and value, interleaved by query group: for each group its query heads, then its key head, then its
+    value head.
 
     ``{qkv}`` in the HF name becomes q, k and v. Serves weights ``[rows, hidden]`` and biases ``[rows]``.
     """

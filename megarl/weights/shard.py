@@ -1,7 +1,7 @@
 """Which rows and columns of a tensor a tensor-parallel rank holds, as plain arithmetic.
 
-`segments` is the one place where HF rows, megatron rows and a rank's rows meet. Loading copies along its segments in one
-direction, exporting in the other.
+`segments` is the one place where HF rows, megatron rows and a rank's rows meet. Loading copies along its segments in
+one direction, exporting in the other.
 """
 
 from __future__ import annotations
@@ -37,13 +37,16 @@ def local_shape(tensor: CanonTensor, tp_size: int) -> tuple[int, ...]:
     dim = {Shard.COLUMN: 0, Shard.VOCAB: 0, Shard.ROW: 1}.get(tensor.shard)
     if dim is not None:
         if shape[dim] % (tp_size * tensor.stride):
-            raise ValueError(f"{tensor.name}: dimension {dim} of {tuple(shape)} does not divide by TP {tp_size} x {tensor.stride}")
+            raise ValueError(
+                f"{tensor.name}: dimension {dim} of {tuple(shape)} does not divide by TP {tp_size} x {tensor.stride}"
+            )
         shape[dim] //= tp_size
     return tuple(shape)
 
 
 def _rows_of(tensor: CanonTensor, tp_size: int, tp_rank: int) -> list[tuple[int, int]]:
-    """(start, stop) of the whole tensor's rows this rank holds, in the order it holds them. Padding rows may lie past the end."""
+    """(start, stop) of the whole tensor's rows this rank holds, in the order it holds them. Padding rows may lie past
+    the end."""
     if tensor.shard in (Shard.REPLICATED, Shard.ROW):
         return [(0, tensor.shape[0])]
     total = local_shape(tensor, tp_size)[0] * tp_size

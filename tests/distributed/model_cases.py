@@ -50,7 +50,9 @@ def bytes_read(recipe: str, model: str, overrides: list[str]) -> tuple[int, int]
     return read, 4 * (sum(p.numel() for p in built.parameters()) - padding)
 
 
-def logps(recipe: str, model: str, overrides: list[str], samples: list[dict[str, Any]], temperature: float) -> list[np.ndarray]:
+def logps(
+    recipe: str, model: str, overrides: list[str], samples: list[dict[str, Any]], temperature: float
+) -> list[np.ndarray]:
     """Log-probabilities of this replica's share of the samples: every dp-th one."""
     engine = engine_of(recipe, model, overrides, temperature)
     mine = [Sample(**s) for s in samples]

@@ -1,4 +1,5 @@
-"""A rank that dies, freezes, hangs or raises takes the job down within the deadline, is named with its phase, and leaves no
+"""A rank that dies, freezes, hangs or raises takes the job down within the deadline, is named with its phase, and
+leaves no
 process behind. Real ranks under real torchrun."""
 
 import os

@@ -60,7 +60,8 @@ def random_samples(lengths, seed=0):
     generator = torch.Generator().manual_seed(seed)
     draw = [torch.randint(0, 131, (n,), generator=generator).tolist() for n in lengths]
     return [
-        {"prompt_id": f"p{i}", "index": 0, "tokens": tokens, "prompt_length": 1 + i % 3} for i, tokens in enumerate(draw)
+        {"prompt_id": f"p{i}", "index": 0, "tokens": tokens, "prompt_length": 1 + i % 3}
+        for i, tokens in enumerate(draw)
     ]
 
 
@@ -79,7 +80,9 @@ def test_logits_equal_transformers(ranks, tiny_hf, recipe, family):
     expected = hf_logits(path, tokens[:-1])
     for name in ("1 rank", "TP2", "TP4 SP", "PP2", "TP2 SP PP2"):
         world, overrides = layout(name)
-        for rank, got in enumerate(ranks.run(model_cases.logits, world, recipe=recipe, model=path, overrides=overrides, tokens=tokens)):
+        for rank, got in enumerate(
+            ranks.run(model_cases.logits, world, recipe=recipe, model=path, overrides=overrides, tokens=tokens)
+        ):
             np.testing.assert_allclose(got, expected, atol=1e-5, rtol=0, err_msg=f"{family}, {name}, rank {rank}")
 
 
@@ -160,9 +163,15 @@ SOME = ("DP2", "DP2 PP2", "DP2 TP2 SP")
     ],
 )
 def test_gradients_do_not_depend_on_the_layout(ranks, tiny_hf, recipe, mode, layouts):
-    """Loss, gradient norm, every gradient and every updated weight, against one rank with everything in one microbatch."""
+    """Loss, gradient norm, every gradient and every updated weight, against one rank with everything in one
+    microbatch."""
     path = str(tiny_hf("qwen2", tie_word_embeddings=True))
-    arguments = {"recipe": recipe, "model": path, "samples": random_samples([30, 5, 17, 2, 40, 23, 9, 33]), "mode": mode}
+    arguments = {
+        "recipe": recipe,
+        "model": path,
+        "samples": random_samples([30, 5, 17, 2, 40, 23, 9, 33]),
+        "mode": mode,
+    }
     world, overrides = layout("1 rank")
     alone = [*overrides, "train.train_mb_tokens=400"]
     truth, gradients, weights = ranks.run(model_cases.one_step, 1, overrides=alone, **arguments)[0]
@@ -173,10 +182,14 @@ def test_gradients_do_not_depend_on_the_layout(ranks, tiny_hf, recipe, mode, lay
             for metrics, grads, after in ranks.run(model_cases.one_step, world, overrides=changed, **arguments):
                 where = f"{name}, microbatches of {budget}"
                 for key in truth:
-                    np.testing.assert_allclose(metrics[key], truth[key], rtol=1e-5, atol=1e-6, err_msg=f"{where}: {key}")
+                    np.testing.assert_allclose(
+                        metrics[key], truth[key], rtol=1e-5, atol=1e-6, err_msg=f"{where}: {key}"
+                    )
                 for key in grads:
                     scale = np.abs(gradients[key]).max()
-                    np.testing.assert_allclose(grads[key], gradients[key], rtol=0, atol=1e-5 * scale, err_msg=f"{where}: {key}")
+                    np.testing.assert_allclose(
+                        grads[key], gradients[key], rtol=0, atol=1e-5 * scale, err_msg=f"{where}: {key}"
+                    )
                 for key in weights:
                     np.testing.assert_allclose(after[key], weights[key], rtol=0, atol=1e-6, err_msg=f"{where}: {key}")
 
