@@ -37,7 +37,7 @@ def check_mismatch(metrics: dict[str, float], cfg: WeightSyncConfig) -> None:
         if limit is not None and not metrics[name] <= limit:
             raise MismatchError(
                 f"{name} is {metrics[name]:.3e}, over weight_sync.max_{name}={limit:g}: vLLM samples from another "
-                "distribution than the trainer computes. Look at the weights it got (a wrong rule, an incomplete push), "
+                "distribution than the trainer computes. Look at the weights it got (a wrong rule, a push cut short), "
                 "at sampling that only vLLM applies (rollout.top_p, rollout.top_k, a temperature that differs), and at "
                 "dtypes (rollout.dtype against model.dtype)"
             )

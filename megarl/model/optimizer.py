@@ -32,9 +32,10 @@ class FusedAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        capturable: bool = False,  # megatron-core 0.19 asks, for CUDA graphs of the optimizer
     ) -> None:
-        if not adam_w_mode:
-            raise ValueError("FusedAdamW decouples weight decay (adam_w_mode=True) and does nothing else")
+        if not adam_w_mode or capturable:
+            raise ValueError("FusedAdamW decouples weight decay (adam_w_mode=True) and is not captured in CUDA graphs")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "step": 0})
 
     @torch.no_grad()

@@ -145,6 +145,7 @@ def quiet_megatron_imports() -> None:
         "transformer_engine",
         "full scope is deprecated",
         "CUDA_DEVICE_MAX_CONNECTIONS",
+        "MimoModelConfig is experimental",
         "The .grad attribute of a Tensor that is not a leaf",
         r"`torch\.distributed\.\w+` is deprecated",
     ):
