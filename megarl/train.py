@@ -10,7 +10,7 @@ import os
 import sys
 import traceback
 
-from megarl.config import Config, ConfigError, load, world_size
+from megarl.config import Config, ConfigError, load
 
 EXIT_CONFIG = 2
 
@@ -37,14 +37,7 @@ def run(cfg: Config) -> int:
     mesh = build_mesh(cfg)
     watchdog = Watchdog(cfg.run.deadline_s)
     try:
-        run = Run(
-            cfg,
-            rank=mesh.rank,
-            world_size=world_size(cfg),
-            layout=mesh.describe(),
-            device_name=device_name(mesh.device),
-            watchdog=watchdog,
-        )
+        run = Run(cfg, mesh.rank, mesh.world_size, mesh.describe(), device_name(mesh.device), watchdog)
         ALGORITHMS[cfg.algorithm](cfg, run, mesh)
         run.finish()
         mesh.close()

@@ -26,12 +26,11 @@ class Run:
     def __init__(
         self,
         cfg: Config,
-        *,
         rank: int,
         world_size: int,
         layout: str,
-        device_name: str | None,
-        watchdog: PhaseWatchdog | None,
+        device_name: str | None = None,
+        watchdog: PhaseWatchdog | None = None,
     ) -> None:
         self.cfg = cfg
         self.device_name = device_name
