@@ -134,7 +134,8 @@ def torchrun_arguments(cfg: "Config", ranks: list[str]) -> list[str]:
     """What Python is called with to start all ranks of one machine."""
     # --standalone picks a free port; the local address spares machines whose own name does not resolve.
     launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    return [*launcher, f"--nproc-per-node={cfg.cluster.gpus_per_node}", *ranks]
+    # A rank that is told to stop says within seconds what it was waiting for; a frozen one is not worth waiting for.
+    return [*launcher, "--shutdown-timeout=15", f"--nproc-per-node={cfg.cluster.gpus_per_node}", *ranks]
 
 
 def multi_node_advice(cfg: "Config", recipe: str, overrides: Sequence[str]) -> str:

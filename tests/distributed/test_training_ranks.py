@@ -69,7 +69,14 @@ def test_grpo_is_the_same_step_on_every_layout(ranks, recipe):
         assert all(record["gen_kl_error"] < 1e-9 for record in records[1:])  # vLLM computes what megatron computes
         first[name] = records[1]
     for name in LAYOUTS:
-        for key in ("reward/mean", "response_length/mean", "actor/pg_loss", "actor/kl_loss", "actor/entropy", "actor/grad_norm"):
+        for key in (
+            "reward/mean",
+            "response_length/mean",
+            "actor/pg_loss",
+            "actor/kl_loss",
+            "actor/entropy",
+            "actor/grad_norm",
+        ):
             assert first[name][key] == pytest.approx(first["DP2"][key], rel=1e-4, abs=1e-7), (name, key)
 
 
@@ -79,12 +86,18 @@ def test_what_a_run_leaves_behind(ranks, recipe):
     from megarl.config import load
 
     layout = LAYOUTS["TP2"]
-    _, records, folder = run(ranks, recipe, "artefacts", [*layout, "rollout.tensor_parallel_size=2", "run.max_num_steps=1"])
+    _, records, folder = run(
+        ranks, recipe, "artefacts", [*layout, "rollout.tensor_parallel_size=2", "run.max_num_steps=1"]
+    )
     assert (folder / "reward.png").stat().st_size > 1000
     assert any(file.name.startswith("events") for file in (folder / "tensorboard").iterdir())
-    assert load([str(folder / "config.yaml")]).rollout.tensor_parallel_size == 2  # the resolved config is a recipe again
+    assert (
+        load([str(folder / "config.yaml")]).rollout.tensor_parallel_size == 2
+    )  # the resolved config is a recipe again
     assert all(math.isfinite(value) for record in records for value in record.values())
-    assert {"timing_s/generate", "timing_s/train", "timing_s/sync", "perf/throughput", "val/accuracy"} <= records[-1].keys()
+    assert {"timing_s/generate", "timing_s/train", "timing_s/sync", "perf/throughput", "val/accuracy"} <= records[
+        -1
+    ].keys()
     exported = AutoModelForCausalLM.from_pretrained(folder / "hf" / "final", dtype=torch.float32)
     assert AutoTokenizer.from_pretrained(folder / "hf" / "final").eos_token == "<eos>"
     start = AutoModelForCausalLM.from_pretrained(load([str(folder / "config.yaml")]).model.path, dtype=torch.float32)
@@ -94,7 +107,9 @@ def test_what_a_run_leaves_behind(ranks, recipe):
 
 def test_groups_with_a_broken_reward_are_dropped_and_the_rest_trains(ranks, recipe):
     broken = ["reward.functions=[{name: 'tests.fixtures.digits:raises_on_seven'}]", "run.max_num_steps=1"]
-    outcomes, records, _ = run(ranks, recipe, "dropped", [*broken, "validation.val_at_start=false", "validation.val_at_end=false"])
+    outcomes, records, _ = run(
+        ranks, recipe, "dropped", [*broken, "validation.val_at_start=false", "validation.val_at_end=false"]
+    )
     assert outcomes == ["done", "done"]
     assert records[-1]["reward/errors"] > 0 and math.isfinite(records[-1]["actor/loss"])
 
