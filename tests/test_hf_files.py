@@ -76,5 +76,5 @@ def test_writer_splits_files_and_indexes_them(tiny_hf, tmp_path):
     assert sorted(set(index["weight_map"].values())) == [f"model-0000{k}-of-00003.safetensors" for k in (1, 2, 3)]
     checkpoint = HFCheckpoint(tmp_path / "out")
     assert all(torch.equal(checkpoint.read(name, slice(0, 100)), tensor) for name, tensor in tensors.items())
-    assert (tmp_path / "out" / "config.json").exists()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
     assert not (tmp_path / "out.incomplete").exists()

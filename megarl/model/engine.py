@@ -116,10 +116,10 @@ class Engine:
             sums = self._run(batches, partial(self._loss_step, loss), forward_only=False)
             metrics = self._reduce(sums)
             self._refuse_poison(metrics, samples)
-            if metrics["tokens"] == 0:
-                return metrics  # nothing to learn from: Adam's moments and step count stay as they are
-            self.scheduler.step(1)
-            _, grad_norm, _ = self.optimizer.step()
+            grad_norm = 0.0
+            if metrics["tokens"]:  # else there is nothing to learn from: Adam's moments and step count stay as they are
+                self.scheduler.step(1)
+                _, grad_norm, _ = self.optimizer.step()
         lr = max(group["lr"] for group in self.optimizer.param_groups)
         return metrics | {"grad_norm": float(grad_norm), "lr": float(lr)}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from megarl.config import Config, save
 from megarl.observe.console import Console
-from megarl.observe.metrics import MetricsLog, read_metrics
+from megarl.observe.metrics import METRICS_FILE, TENSORBOARD_FOLDER, MetricsLog, read_metrics
 from megarl.observe.report import plot_rewards, summary
 from megarl.observe.throughput import ModelShape, mfu, tokens_per_second_per_device, train_flops
 from megarl.observe.timers import Phases, PhaseWatchdog
@@ -42,6 +42,7 @@ class Run:
         self.console = Console(self.is_writer)
         if self.is_writer:
             self.dir.mkdir(parents=True, exist_ok=True)
+            _set_aside(self.dir)
             save(cfg, self.dir / CONFIG_FILE)
         self.log = MetricsLog(self.dir, cfg.logger, dataclasses.asdict(cfg), self.is_writer)
         self.console.header(cfg, layout)
@@ -87,3 +88,15 @@ class Run:
             records = read_metrics(self.dir)
             plot_rewards(records, self.dir / PLOT_FILE, title=self.cfg.run.name)
             self.console.table(f"{self.cfg.algorithm}: {self.dir}", summary(records))
+
+
+def _set_aside(folder: Path) -> None:
+    """Keep the log of an earlier run of this name under another name, so that a new one starts with its own step 1."""
+    if not (folder / METRICS_FILE).exists():
+        return
+    number = 1 + sum(1 for _ in folder.glob("earlier-*"))
+    earlier = folder / f"earlier-{number}"
+    earlier.mkdir()
+    for name in (METRICS_FILE, TENSORBOARD_FOLDER, CONFIG_FILE, PLOT_FILE):
+        if (folder / name).exists():
+            (folder / name).rename(earlier / name)

@@ -91,6 +91,7 @@ class HFWriter:
         self._pending_bytes = 0
         self._files: list[list[str]] = []
         self._total_bytes = 0
+        self._dtype: torch.dtype | None = None
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
         size = tensor.numel() * tensor.element_size()
@@ -98,6 +99,15 @@ class HFWriter:
             self._flush()
         self._pending[name] = tensor.detach().to("cpu").contiguous()
         self._pending_bytes += size
+        self._dtype = tensor.dtype
+
+    def _say_dtype(self) -> None:
+        """Readers take the dtype from config.json, which may come from a checkpoint in another one."""
+        path = self._partial / "config.json"
+        config = json.loads(path.read_text())
+        key = "torch_dtype" if "torch_dtype" in config else "dtype"  # the older and the newer transformers' name
+        config[key] = str(self._dtype).removeprefix("torch.")
+        path.write_text(json.dumps(config, indent=2) + "\n")
 
     def _flush(self) -> None:
         save_file(self._pending, self._partial / f"part-{len(self._files)}", metadata={"format": "pt"})
@@ -121,6 +131,7 @@ class HFWriter:
         for file in sorted(Path(carry_from).iterdir()):
             if file.is_file() and file.suffix in _CARRIED_SUFFIXES and not file.name.endswith("index.json"):
                 shutil.copyfile(file, self._partial / file.name)
+        self._say_dtype()
         if self.path.exists():
             shutil.rmtree(self.path)
         os.rename(self._partial, self.path)
