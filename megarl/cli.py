@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from megarl.config import Config
 
 RECIPE_HELP = "YAML file that says how the run differs from the defaults"
+# A rank that is told to stop says within seconds what it was waiting for; a frozen one is not worth waiting for.
+SHUTDOWN = "--shutdown-timeout=15"
 OVERRIDE_HELP = "settings over the recipe's, such as rollout.temperature=0.8"
 
 
@@ -55,7 +57,9 @@ def train(args: argparse.Namespace) -> int:
     cfg = _load(args)
     if cfg is None:
         return 2
-    launched = "WORLD_SIZE" in os.environ
+    from megarl.config import launched_world_size
+
+    launched = launched_world_size() is not None
     if cfg.cluster.num_nodes > 1 and not launched:
         print(multi_node_advice(cfg, args.recipe, args.overrides), file=sys.stderr)
         return 2
@@ -64,6 +68,9 @@ def train(args: argparse.Namespace) -> int:
     ranks = rank_arguments(args.recipe, args.overrides)
     # Replacing this process leaves no signal and no exit code to be passed on.
     command = [sys.executable, *(ranks if launched else torchrun_arguments(cfg, ranks))]
+    if not launched:
+        # It also keeps the process id: a rank with another parent knows that torchrun died before it could ask.
+        os.environ["MEGARL_LAUNCHER"] = str(os.getpid())
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, command)
@@ -133,16 +140,17 @@ def rank_arguments(recipe: str, overrides: Sequence[str]) -> list[str]:
 def torchrun_arguments(cfg: "Config", ranks: list[str]) -> list[str]:
     """What Python is called with to start all ranks of one machine."""
     # --standalone picks a free port; the local address spares machines whose own name does not resolve.
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    # A rank that is told to stop says within seconds what it was waiting for; a frozen one is not worth waiting for.
-    return [*launcher, "--shutdown-timeout=15", f"--nproc-per-node={cfg.cluster.gpus_per_node}", *ranks]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", SHUTDOWN]
+    return [*launcher, f"--nproc-per-node={cfg.cluster.gpus_per_node}", *ranks]
 
 
 def multi_node_advice(cfg: "Config", recipe: str, overrides: Sequence[str]) -> str:
     """The lines that start a job of several machines, which nobody can start from one of them alone."""
     nodes, per_node = cfg.cluster.num_nodes, cfg.cluster.gpus_per_node
     rendezvous = f"--rdzv-backend=c10d --rdzv-id={shlex.quote(cfg.run.name)} --rdzv-endpoint"
-    launch = f"torchrun --nnodes={nodes} --nproc-per-node={per_node} {rendezvous}"
+    launch = f"torchrun --nnodes={nodes} --nproc-per-node={per_node} {SHUTDOWN} {rendezvous}"
+    # Without the flag srun lets the other nodes wait for one whose ranks have failed, until their own deadline.
+    srun = f"srun --kill-on-bad-exit=1 --nodes={nodes} --ntasks-per-node=1"
     ranks = shlex.join(rank_arguments(recipe, overrides))
     return (
         f"megarl: the recipe asks for {nodes} nodes x {per_node} ranks; `megarl train` starts those of one machine.\n"
@@ -150,5 +158,5 @@ def multi_node_advice(cfg: "Config", recipe: str, overrides: Sequence[str]) -> s
         f"  {launch}=HEAD:29500 {ranks}\n"
         f"or in a Slurm allocation:\n"
         f"  HEAD=$(scontrol show hostnames | head -n 1)\n"
-        f"  srun --nodes={nodes} --ntasks-per-node=1 {launch}=$HEAD:29500 {ranks}"
+        f"  {srun} {launch}=$HEAD:29500 {ranks}"
     )

@@ -17,7 +17,7 @@ from omegaconf import MISSING, OmegaConf
 from megarl.config_checks import check
 from megarl.config_reader import ConfigError, read
 
-__all__ = ["Config", "ConfigError", "load", "save", "world_size"]
+__all__ = ["Config", "ConfigError", "launched_world_size", "load", "save", "world_size"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class RunConfig:
     root: str = "runs"
     """Folder that holds the runs; made when missing."""
     seed: int = 1234
-    """Seed of everything random: initial weights, the order of the data, sampling."""
+    """Seed of the order of the data, of sampling and of dropout; weights always come from a checkpoint."""
     max_num_steps: int | None = None
     """Stop after this many steps; null goes by `max_num_epochs` alone."""
     max_num_epochs: int = 1
@@ -61,9 +61,9 @@ class ModelConfig:
     recompute_num_layers: int | None = None
     """With full recompute: layers in a unit (uniform), or recomputed layers in a stage (block)."""
     recompute_modules: list[str] = field(default_factory=list)
-    """With selective recompute: which parts of a layer, of core_attn, layernorm and mlp."""
+    """With selective recompute: which parts of a layer, of core_attn and mlp."""
     model_overrides: dict[str, Any] = field(default_factory=dict)
-    """Fields of megatron's TransformerConfig to set by name, over what the model's family says."""
+    """Fields of megatron's TransformerConfig to set by name, over what its family says, but for layout and numbers."""
 
 
 @dataclass(frozen=True)
@@ -127,11 +127,13 @@ class DataConfig:
     split: str = "train"
     """Split to train on, for a `datasets` name."""
     val_path: str | None = None
-    """Held-out data, in the same forms as `path`; null means no validation."""
+    """Held-out data, in the same forms as `path`, for GRPO; null means no validation."""
     val_split: str = "test"
     """Split to validate on, for a `datasets` name."""
     subset: str | None = None
     """Configuration name of a `datasets` data set, such as main for GSM8K."""
+    val_subset: str | None = None
+    """Configuration name of the held-out data set; null means `subset`."""
     prompt_key: str = "prompt"
     """Field of a record that holds the prompt: text, or a list of chat messages."""
     answer_key: str = "answer"
@@ -207,7 +209,7 @@ class RewardConfig:
     functions: list[RewardFunction] = field(default_factory=lambda: [RewardFunction("math")])
     """Rewards whose weighted sum scores a sample."""
     workers: int = 2
-    """Worker processes of each rank that compute rewards."""
+    """Worker processes that compute rewards, for each vLLM engine; they belong to the engine's first rank."""
     timeout_s: float = 10.0
     """Seconds that one sample may take; a worker that needs longer is killed and replaced."""
     on_error: Literal["drop_group", "abort"] = "drop_group"
@@ -259,11 +261,13 @@ class ValidationConfig:
     max_val_samples: int | None = None
     """Use only the first so many held-out prompts; null uses all."""
     val_temperature: float = 0.0
-    """Sampling temperature of validation; 0 is greedy."""
+    """Sampling temperature of validation, at least 0.01; 0 is greedy."""
     val_top_p: float = 1.0
     """Nucleus sampling of validation."""
     val_num_generations_per_prompt: int = 1
     """Samples of each held-out prompt; accuracy is their mean (pass@1)."""
+    val_reward: str | None = None
+    """Reward function whose mean is val/accuracy; null takes the first of `reward.functions`."""
 
 
 @dataclass(frozen=True)
@@ -273,7 +277,7 @@ class WeightSyncConfig:
     max_gen_kl_error: float | None = None
     """Largest `gen_kl_error` (KL between what vLLM sampled with and what the policy computes) before it is an error."""
     max_token_mult_prob_error: float | None = None
-    """Largest `token_mult_prob_error` (mean factor between those probabilities) before it is an error."""
+    """Largest `token_mult_prob_error` (mean factor between those probabilities, 1 when equal) before it is an error."""
 
 
 @dataclass(frozen=True)
@@ -337,7 +341,7 @@ def load(argv: Sequence[str], *, check_model: bool = True) -> Config:
     """
     reading = read(Config, argv)
     cfg: Config = reading.config
-    problems = reading.problems + check(cfg, world_size(cfg), reading.refused, this_machine=check_model)
+    problems = reading.problems + check(cfg, launched_world_size(), reading.refused, this_machine=check_model)
     if problems:
         raise ConfigError(problems)
     return cfg
@@ -349,5 +353,17 @@ def save(cfg: Config, path: str | Path) -> None:
 
 
 def world_size(cfg: Config) -> int:
-    """Number of ranks: what the launcher said, or what the recipe asks for when nothing is launched yet."""
-    return int(os.environ.get("WORLD_SIZE") or cfg.cluster.num_nodes * cfg.cluster.gpus_per_node)
+    """Number of ranks: what the launcher started, or what the recipe asks for when nothing is launched yet."""
+    return launched_world_size() or cfg.cluster.num_nodes * cfg.cluster.gpus_per_node
+
+
+def launched_world_size() -> int | None:
+    """Number of ranks that torchrun, or srun by itself, started this process among; None before any launch.
+
+    A batch script has SLURM_PROCID=0 and the job's SLURM_NTASKS without being a rank: srun alone counts the tasks of a
+    step. A step of one task is a job started by hand, or the shell of an interactive allocation.
+    """
+    if world := os.environ.get("WORLD_SIZE"):
+        return int(world)
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
+    return tasks if tasks > 1 and "SLURM_PROCID" in os.environ else None

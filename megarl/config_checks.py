@@ -1,85 +1,24 @@
-"""What a well-typed config can still get wrong: values out of range, and sizes that do not fit each other.
+"""All checks of a config, and of them those whose numbers have to fit each other, the launch or this machine.
 
 Contract: a check is a generator over a config that yields `Problem`s; it changes nothing and starts nothing. A
 problem shows the arithmetic (`512 % 384 = 128`) and names the fields it rests on: `check` leaves out what rests on a
 value that is wrong anyway. Most checks need the config alone; those under "this machine" read the model's directory
-and look for files and GPUs.
+and megatron's source, and look for files and GPUs.
 """
 
+import ast
 import difflib
 import importlib.util
-import math
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from megarl.config_values import OWNED_OVERRIDES, Problem, Problems, check_ranges, check_values
 
 if TYPE_CHECKING:
     from megarl.config import Config
     from megarl.model.family import ModelSpec
 
-# Where a number may lie. A field that is null is not checked.
-RANGES = {
-    "run.seed": "[0, 4294967295]",
-    "run.max_num_steps": "[1, inf)",
-    "run.max_num_epochs": "[1, inf)",
-    "run.deadline_s": "(0, inf)",
-    "cluster.num_nodes": "[1, inf)",
-    "cluster.gpus_per_node": "[1, inf)",
-    "model.logprob_chunk_size": "[1, inf)",
-    "model.recompute_num_layers": "[1, inf)",
-    "parallel.tensor_model_parallel_size": "[1, inf)",
-    "parallel.pipeline_model_parallel_size": "[1, inf)",
-    "parallel.num_layers_in_first_pipeline_stage": "[1, inf)",
-    "parallel.num_layers_in_last_pipeline_stage": "[1, inf)",
-    "optimizer.lr": "[0, inf)",
-    "optimizer.min_lr": "[0, inf)",
-    "optimizer.lr_warmup_iters": "[0, inf)",
-    "optimizer.lr_decay_iters": "[1, inf)",
-    "optimizer.weight_decay": "[0, inf)",
-    "optimizer.adam_beta1": "[0, 1)",
-    "optimizer.adam_beta2": "[0, 1)",
-    "optimizer.adam_eps": "(0, inf)",
-    "optimizer.clip_grad": "[0, inf)",
-    "train.train_global_batch_size": "[1, inf)",
-    "train.train_mb_tokens": "[1, inf)",
-    "train.logprob_mb_tokens": "[1, inf)",
-    "train.ppo_epochs": "[1, inf)",
-    "data.max_prompt_length": "[1, inf)",
-    "data.max_records": "[1, inf)",
-    "rollout.num_prompts_per_step": "[1, inf)",
-    "rollout.num_generations_per_prompt": "[1, inf)",
-    "rollout.tensor_parallel_size": "[1, inf)",
-    "rollout.max_response_length": "[1, inf)",
-    "rollout.temperature": "[0, inf)",
-    "rollout.top_p": "(0, 1]",
-    "rollout.top_k": "[-1, inf)",
-    "rollout.gpu_memory_utilization": "(0, 1]",
-    "rollout.max_model_len": "[1, inf)",
-    "rollout.max_num_seqs": "[1, inf)",
-    "rollout.max_num_batched_tokens": "[1, inf)",
-    "rollout.kv_cache_gb": "(0, inf)",
-    "reward.workers": "[1, inf)",
-    "reward.timeout_s": "(0, inf)",
-    "advantage.eps": "[0, inf)",
-    "loss.clip_ratio_low": "[0, 1]",
-    "loss.clip_ratio_high": "[0, inf)",
-    "loss.clip_ratio_c": "(1, inf)",
-    "loss.kl_loss_coef": "[0, inf)",
-    "loss.entropy_coef": "[0, inf)",
-    "loss.truncated_importance_sampling_ratio": "(0, inf)",
-    "validation.val_period": "[0, inf)",
-    "validation.max_val_samples": "[1, inf)",
-    "validation.val_temperature": "[0, inf)",
-    "validation.val_top_p": "(0, 1]",
-    "validation.val_num_generations_per_prompt": "[1, inf)",
-    "weight_sync.bucket_size_mb": "[1, inf)",
-    "weight_sync.max_gen_kl_error": "(0, inf)",
-    "weight_sync.max_token_mult_prob_error": "(0, inf)",
-    "checkpoint.save_period": "[0, inf)",
-}
-RECOMPUTE_MODULES = ("core_attn", "layernorm", "mlp")  # megatron's, less those of MoE and latent attention
 WORLD = ("cluster.num_nodes", "cluster.gpus_per_node")
 TP = "parallel.tensor_model_parallel_size"
 PP = "parallel.pipeline_model_parallel_size"
@@ -89,26 +28,22 @@ ROLLOUT_TP = "rollout.tensor_parallel_size"
 LENGTHS = ("data.max_prompt_length", "rollout.max_response_length")
 
 
-Problems = Iterator["Problem"]
+def check(cfg: "Config", launched: int | None, refused: set[str], *, this_machine: bool) -> list[str]:
+    """Every problem of a config, but for echoes of the values that were `refused` before.
 
-
-@dataclass(frozen=True)
-class Problem:
-    """What is wrong, and the fields that say so (none: nothing could make it an echo)."""
-
-    text: str
-    fields: tuple[str, ...]
-
-
-def check(cfg: "Config", world: int, refused: set[str], *, this_machine: bool) -> list[str]:
-    """Every problem of a config for `world` ranks, but for echoes of the values that were `refused` before."""
-    ranges = list(_ranges(cfg))  # no echoes here: a refused value left its default behind, which is in range
+    `launched` is the number of ranks that a launcher started; None before the launch.
+    """
+    ranges = list(check_ranges(cfg))  # no echoes here: a refused value left its default behind, which is in range
     refused = refused.union(*(problem.fields for problem in ranges))
-    others = [*_run_folder(cfg), *_recompute(cfg), *_schedule(cfg), *_names(cfg), *_layout(cfg, world)]
+    others = [*check_values(cfg), *_launch(cfg, launched), *_layout(cfg)]
     if cfg.algorithm == "grpo":
-        others += [*_grpo(cfg), *_lengths(cfg)]
+        others += [*_engines(cfg), *_grpo(cfg), *_lengths(cfg)]
+    else:
+        others += _sft(cfg)
     if this_machine:
-        others += [*check_model(cfg), *_files(cfg), *_devices(cfg)]
+        others += [*check_model(cfg), *_override_names(cfg), *_files(cfg), *_loggers(cfg)]
+        if launched or cfg.cluster.num_nodes == 1:  # else the ranks will run elsewhere
+            others += check_gpus(cfg, count_gpus(cfg.cluster.device))
     return [problem.text for problem in ranges] + [problem.text for problem in others if not _echo(problem, refused)]
 
 
@@ -117,104 +52,24 @@ def _echo(problem: Problem, refused: set[str]) -> bool:
     return any(field in refused or field.partition(".")[0] in refused for field in problem.fields)
 
 
-# ---- values on their own ----
-
-
-def _ranges(cfg: "Config") -> Problems:
-    for path, interval in RANGES.items():
-        section, name = path.split(".")
-        value = vars(vars(cfg)[section])[name]
-        if value is not None and not in_interval(value, interval):
-            yield Problem(f"{path} = {value} is outside {interval}", (path,))
-    for i, function in enumerate(cfg.reward.functions):
-        if not math.isfinite(function.weight):
-            yield Problem(f"reward.functions[{i}].weight = {function.weight} is not finite", ("reward.functions",))
-    if cfg.rollout.top_k == 0:
-        yield Problem("rollout.top_k = 0 would keep no token; -1 keeps all", ("rollout.top_k",))
-
-
-def in_interval(value: float, interval: str) -> bool:
-    """Whether a number lies in an interval written as "[0, 1)"; NaN lies in none."""
-    low, high = map(float, interval[1:-1].split(","))
-    above = value >= low if interval[0] == "[" else value > low
-    below = value <= high if interval[-1] == "]" else value < high
-    return above and below
-
-
-def _run_folder(cfg: "Config") -> Problems:
-    """A run's folder is right inside `run.root`, also when a symbolic link has its name."""
-    name, root = cfg.run.name, Path(cfg.run.root).resolve()
-    if not name or name in (".", "..") or re.search(r"[/\\\x00-\x1f]", name):
-        yield Problem(f"run.name = {name!r} must be a plain folder name, without / or \\", ("run.name",))
-    elif (folder := (root / name).resolve()).parent != root:
-        text = f"run.name = {name!r}: {root / name} leads out of run.root, to {folder}"
-        yield Problem(text, ("run.name", "run.root"))
-
-
-def _recompute(cfg: "Config") -> Problems:
-    """Megatron's rules for activation recomputation."""
-    model, path = cfg.model, "model.recompute_"
-    granularity = f"{path}granularity = {model.recompute_granularity or 'null'}"
-    fields = (f"{path}granularity", f"{path}method", f"{path}num_layers", f"{path}modules")
-    full = {"method": model.recompute_method, "num_layers": model.recompute_num_layers}
-    for name, value in full.items():
-        if model.recompute_granularity == "full" and value is None:
-            yield Problem(f"{granularity} needs {path}{name}", fields)
-        elif model.recompute_granularity != "full" and value is not None:
-            yield Problem(f"{path}{name} = {value} goes with full recompute, but {granularity}", fields)
-    if model.recompute_granularity != "selective" and model.recompute_modules:
-        yield Problem(f"{path}modules goes with selective recompute, but {granularity}", fields)
-    if model.recompute_granularity == "selective" and not model.recompute_modules:
-        yield Problem(f"{granularity} needs {path}modules, of {', '.join(RECOMPUTE_MODULES)}", fields)
-    if unknown := [name for name in model.recompute_modules if name not in RECOMPUTE_MODULES]:
-        yield Problem(f"{path}modules: {unknown} are not among {', '.join(RECOMPUTE_MODULES)}", fields)
-
-
-def _schedule(cfg: "Config") -> Problems:
-    optimizer = cfg.optimizer
-    if optimizer.min_lr > optimizer.lr:
-        text = f"optimizer.min_lr = {optimizer.min_lr} is above optimizer.lr = {optimizer.lr}"
-        yield Problem(text, ("optimizer.min_lr", "optimizer.lr"))
-    if optimizer.lr_decay_iters is not None and optimizer.lr_warmup_iters >= optimizer.lr_decay_iters:
-        yield Problem(
-            f"optimizer.lr_warmup_iters = {optimizer.lr_warmup_iters} leaves nothing of "
-            f"optimizer.lr_decay_iters = {optimizer.lr_decay_iters}",
-            ("optimizer.lr_warmup_iters", "optimizer.lr_decay_iters"),
-        )
-    if cfg.validation.val_period > 0 and cfg.data.val_path is None:
-        text = f"validation.val_period = {cfg.validation.val_period}, but there is no data.val_path to validate on"
-        yield Problem(text, ("validation.val_period", "data.val_path"))
-
-
-def _names(cfg: "Config") -> Problems:
-    """Names that refer to something elsewhere in the code."""
-    from megarl.rewards import REWARDS
-
-    if cfg.data.adapter is not None:
-        from megarl.data.adapters import ADAPTERS  # brings the readers' libraries, which take a second
-
-        if cfg.data.adapter not in ADAPTERS:
-            text = f"data.adapter = {cfg.data.adapter!r} is not one of {', '.join(ADAPTERS)}"
-            yield Problem(text, ("data.adapter",))
-    names = [function.name for function in cfg.reward.functions]
-    if not names and cfg.algorithm == "grpo":
-        yield Problem("reward.functions is empty: grpo needs a reward", ("reward.functions",))
-    for name in names:
-        if name not in REWARDS and ":" not in name:
-            near = difflib.get_close_matches(name, REWARDS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(REWARDS)}, or package.module:function"
-            yield Problem(f"reward.functions: unknown reward {name!r}; {hint}", ())
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        yield Problem(f"reward.functions has {', '.join(twice)} more than once", ())
-
-
 # ---- sizes that have to fit each other ----
 
 
-def _layout(cfg: "Config", world: int) -> Problems:
-    """Ranks over tensor, pipeline and data parallelism, and over vLLM engines."""
+def _launch(cfg: "Config", launched: int | None) -> Problems:
+    """A launcher started as many ranks as the recipe is made for."""
+    nodes, per_node = cfg.cluster.num_nodes, cfg.cluster.gpus_per_node
+    if launched is not None and launched != nodes * per_node:
+        text = (
+            f"{launched} ranks were launched, but cluster.num_nodes {nodes} x cluster.gpus_per_node {per_node} = "
+            f"{nodes * per_node}"
+        )
+        yield Problem(text, WORLD)
+
+
+def _layout(cfg: "Config") -> Problems:
+    """Ranks over tensor, pipeline and data parallelism."""
+    world, batch = _world(cfg), cfg.train.train_global_batch_size
     tp, pp = cfg.parallel.tensor_model_parallel_size, cfg.parallel.pipeline_model_parallel_size
-    rollout_tp, batch = cfg.rollout.tensor_parallel_size, cfg.train.train_global_batch_size
     if rest := _remainder(world, tp * pp):
         text = f"{world} ranks cannot be divided by {TP} {tp} x {PP} {pp} = {tp * pp}: {world} % {tp * pp} = {rest}"
         yield Problem(text, (*WORLD, TP, PP))
@@ -224,15 +79,26 @@ def _layout(cfg: "Config", world: int) -> Problems:
             f"{world} ranks / ({TP} {tp} x {PP} {pp}) = {replicas}",
             (*WORLD, TP, PP, "train.train_global_batch_size"),
         )
-    if cfg.algorithm == "grpo" and (rest := _remainder(world, rollout_tp)):
-        text = f"{world} ranks cannot be divided by {ROLLOUT_TP} {rollout_tp}: {world} % {rollout_tp} = {rest}"
-        yield Problem(text, (*WORLD, ROLLOUT_TP))
     if cfg.parallel.sequence_parallel and tp == 1:
         text = f"parallel.sequence_parallel divides activations over tensor-parallel ranks, but {TP} = 1"
         yield Problem(text, ("parallel.sequence_parallel", TP))
     for path, layers in ((FIRST, _first(cfg)), (LAST, _last(cfg))):
         if layers is not None and pp == 1:
             yield Problem(f"{path} = {layers} needs more than one stage, but {PP} = 1", (path, PP))
+
+
+def _engines(cfg: "Config") -> Problems:
+    """Ranks over vLLM engines: several to a node, or several nodes to an engine, but none across part of a node."""
+    world, per_node, tp = _world(cfg), cfg.cluster.gpus_per_node, cfg.rollout.tensor_parallel_size
+    if rest := _remainder(world, tp):
+        text = f"{world} ranks cannot be divided by {ROLLOUT_TP} {tp}: {world} % {tp} = {rest}"
+        yield Problem(text, (*WORLD, ROLLOUT_TP))
+    elif _remainder(per_node, tp) and _remainder(tp, per_node):
+        yield Problem(
+            f"cluster.gpus_per_node {per_node} and {ROLLOUT_TP} {tp} do not divide one another: an engine would have "
+            f"part of a node ({per_node} % {tp} = {per_node % tp}, {tp} % {per_node} = {tp % per_node})",
+            (*WORLD, ROLLOUT_TP),
+        )
 
 
 def _grpo(cfg: "Config") -> Problems:
@@ -253,9 +119,6 @@ def _grpo(cfg: "Config") -> Problems:
     if group == 1:
         text = "rollout.num_generations_per_prompt = 1: a group of one is its own mean, so every advantage is r - r = 0"
         yield Problem(text, ("rollout.num_generations_per_prompt",))
-    if rollout.temperature == 0:
-        text = "rollout.temperature = 0: greedy samples of a group are all alike and have no log-probs; use 1.0"
-        yield Problem(text, ("rollout.temperature",))
     if rollout.max_num_batched_tokens is not None and rollout.max_num_batched_tokens < rollout.max_num_seqs:
         yield Problem(
             f"rollout.max_num_batched_tokens = {rollout.max_num_batched_tokens} is less than a token for each of "
@@ -275,6 +138,17 @@ def _lengths(cfg: "Config") -> Problems:
     for path, limit in limits.items():
         if limit is not None and limit < longest:
             yield Problem(f"{path} = {limit} is less than the longest sequence: {words}", (path, *LENGTHS))
+
+
+def _sft(cfg: "Config") -> Problems:
+    """The longest prompt leaves room to learn something; longer examples are dropped or refused as they are read."""
+    prompt, budget = cfg.data.max_prompt_length, cfg.train.train_mb_tokens
+    if budget < prompt + 1:
+        yield Problem(
+            f"train.train_mb_tokens = {budget} is less than the shortest example with the longest prompt: "
+            f"data.max_prompt_length {prompt} + 1 token of response = {prompt + 1}",
+            ("train.train_mb_tokens", "data.max_prompt_length"),
+        )
 
 
 # ---- this machine ----
@@ -360,20 +234,69 @@ def _files(cfg: "Config") -> Problems:
             yield Problem(f"{path} = {value!r}: there is no such file", (path,))
 
 
-def _devices(cfg: "Config") -> Problems:
+def _loggers(cfg: "Config") -> Problems:
     if cfg.logger.wandb_enabled and importlib.util.find_spec("wandb") is None:
         text = "logger.wandb_enabled = true, but wandb is not installed: pip install wandb"
         yield Problem(text, ("logger.wandb_enabled",))
-    if cfg.cluster.device != "cuda":
-        return
-    import torch  # takes seconds, so only where it is asked for
 
-    if not torch.cuda.is_available():
+
+def _override_names(cfg: "Config") -> Problems:
+    """Overrides name fields of the megatron-core that is installed; `megarl doctor` says if there is none."""
+    names = [name for name in cfg.model.model_overrides if name not in OWNED_OVERRIDES]
+    known = transformer_config_fields() if names else []
+    for name in names:
+        if known and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            text = f"model.model_overrides.{name}: megatron-core's TransformerConfig has no such field{hint}"
+            yield Problem(text, ("model.model_overrides",))
+
+
+def transformer_config_fields() -> list[str]:
+    """Names of the fields of megatron's TransformerConfig; none without megatron-core.
+
+    They are parsed from its source, which takes 0.05 s: importing it would import torch, for seconds.
+    """
+    if importlib.util.find_spec("megatron") is None or (spec := importlib.util.find_spec("megatron.core")) is None:
+        return []
+    files = {
+        "model_parallel_config.py": "ModelParallelConfig",
+        "transformer/transformer_config.py": "TransformerConfig",
+    }
+    names = []
+    for (file, wanted), folder in itertools.product(files.items(), spec.submodule_search_locations or []):
+        for node in ast.parse((Path(folder) / file).read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and node.name == wanted:
+                names += [ast.unparse(line.target) for line in node.body if isinstance(line, ast.AnnAssign)]
+    return names
+
+
+def count_gpus(device: str) -> int:
+    """GPUs that torch can use here; 0 for `cluster.device` cpu.
+
+    torch takes seconds to import. With `auto` it is asked only where a driver has left its device files (/dev/dxg is
+    that of Windows' Linux), so that a CPU run does not wait for it.
+    """
+    driver = Path("/dev/dxg").exists() or any(Path("/dev").glob("nvidia*"))
+    if device == "cpu" or (device == "auto" and not driver):
+        return 0
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
+
+
+def check_gpus(cfg: "Config", found: int) -> Problems:
+    """Every rank of this machine has a GPU of its own; `auto` without any GPU is a CPU run."""
+    device, ranks = cfg.cluster.device, cfg.cluster.gpus_per_node
+    if device == "cuda" and found == 0:
         text = "cluster.device = cuda, but torch finds no CUDA device (`megarl doctor` says more)"
         yield Problem(text, ("cluster.device",))
-    elif (found := torch.cuda.device_count()) < cfg.cluster.gpus_per_node:
-        text = f"cluster.gpus_per_node = {cfg.cluster.gpus_per_node}, but this machine has {found}"
-        yield Problem(text, ("cluster.device", "cluster.gpus_per_node"))
+    elif device != "cpu" and 0 < found < ranks:
+        yield Problem(
+            f"cluster.gpus_per_node = {ranks} ranks need a GPU each, but torch finds {found} on this machine: "
+            "take fewer ranks, or cluster.device=cpu",
+            ("cluster.device", "cluster.gpus_per_node"),
+        )
 
 
 # ---- small sums ----
@@ -382,6 +305,10 @@ def _devices(cfg: "Config") -> Problems:
 def _remainder(value: int, divisor: int) -> int:
     """value % divisor; 0 where the divisor is out of range, which is a problem of its own."""
     return value % divisor if divisor > 0 else 0
+
+
+def _world(cfg: "Config") -> int:
+    return cfg.cluster.num_nodes * cfg.cluster.gpus_per_node
 
 
 def _first(cfg: "Config") -> int | None:

@@ -1,7 +1,7 @@
 """`megarl doctor`: what is installed, what each absence switches off, and whether this combination is known to work.
 
 Versions come from package metadata; of the libraries themselves only torch is imported, because only it can say what
-devices there are. Training can run when nothing in ESSENTIAL is missing.
+devices there are. Training can run when nothing in ESSENTIAL is missing; without vLLM that is SFT only.
 """
 
 import importlib.metadata
@@ -9,6 +9,7 @@ import importlib.util
 import platform
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -69,7 +70,10 @@ def run_doctor() -> int:
     if broken:
         console.print(f"[red]Training cannot run: {', '.join(broken)} missing.[/] `bash tools/setup.sh` installs them.")
         return 1
-    console.print("[green]Training can run.[/]")
+    if any(build in versions for build in VLLM_BUILDS):
+        console.print("[green]Training can run.[/]")
+    else:
+        console.print("[yellow]SFT can run; GRPO cannot: vLLM missing.[/] `bash tools/setup.sh` installs it.")
     return 0
 
 
@@ -102,8 +106,8 @@ def packages(versions: dict[str, str]) -> list[Finding]:
             missing = "" if package in versions else loss
             findings.append(Finding(package, versions.get(package, "not found"), missing, group is ESSENTIAL))
     builds = [f"{build} {versions[build]}" for build in VLLM_BUILDS if build in versions]
-    rollouts = "" if builds else "GRPO and validation (SFT runs without)"
-    findings.insert(2, Finding("vLLM", ", ".join(builds) or "not found", rollouts, essential=True))
+    rollouts = "" if builds else "GRPO and validation; SFT runs without"
+    findings.insert(2, Finding("vLLM", ", ".join(builds) or "not found", rollouts))
     return findings
 
 
@@ -134,16 +138,26 @@ def devices(has_torch: bool) -> list[Finding]:
 
 
 def known_combinations(versions: dict[str, str]) -> Table:
-    """The combinations of pins.py, and whether this one is among them."""
-    matches = [matches_combination(versions, known["versions"]) for known in pins.KNOWN_TO_WORK]
-    verdict = "this one is among them" if any(matches) else "this one is not among them"
-    table = Table(title=f"Combinations known to work: {verdict}")
+    """The combinations of pins.py, and whether this one is among those that have been run."""
+    table = Table(title=f"Combinations known to work: {verdict(versions)}")
     for column in ("", "for", "versions", "shown by"):
         table.add_column(column)
-    for known, here in zip(pins.KNOWN_TO_WORK, matches, strict=True):
+    for known in pins.KNOWN_TO_WORK + pins.PINNED_ONLY:
+        here = matches_combination(versions, known["versions"])
         wanted = ", ".join(f"{package} {version}" for package, version in known["versions"].items())
-        table.add_row("[green]this one[/]" if here else "", known["name"], wanted, known["proof"])
+        table.add_row("this one" if here else "", known["name"], wanted, known["proof"])
     return table
+
+
+def verdict(versions: dict[str, str]) -> str:
+    """What is known of this combination."""
+
+    def among(combinations: list[dict[str, Any]]) -> bool:
+        return any(matches_combination(versions, known["versions"]) for known in combinations)
+
+    if among(pins.KNOWN_TO_WORK):
+        return "this one is among them"
+    return "this one is pinned, but not run yet" if among(pins.PINNED_ONLY) else "this one is not among them"
 
 
 def matches_combination(versions: dict[str, str], known: dict[str, str]) -> bool:

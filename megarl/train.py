@@ -29,10 +29,19 @@ def run(cfg: Config) -> int:
     """Train on this rank; the exit code."""
     # Imported here: these cost seconds, which a wrong config should not.
     from megarl.algorithms import ALGORITHMS
+    from megarl.data.reading import DataError
+    from megarl.losses.mismatch import MismatchError
+    from megarl.model.engine import NonFiniteError
     from megarl.observe.run import Run
     from megarl.parallel.mesh import build_mesh, device_name
     from megarl.parallel.watchdog import Watchdog, die_with_parent
+    from megarl.rewards import RewardError
+    from megarl.rollout.sampler import EmptyStepError
+    from megarl.rollout.vllm_engine import RolloutError
+    from megarl.weights.hf_files import CheckpointError
 
+    # What their sentences say is all there is to say: a traceback would only bury it.
+    told = (DataError, CheckpointError, RewardError, MismatchError, NonFiniteError, EmptyStepError, RolloutError)
     die_with_parent()
     mesh = build_mesh(cfg)
     watchdog = Watchdog(cfg.run.deadline_s)
@@ -42,7 +51,8 @@ def run(cfg: Config) -> int:
         run.finish()
         mesh.close()
     except BaseException as error:
-        traceback.print_exc()
+        if not isinstance(error, told):
+            traceback.print_exc()
         watchdog.report_error(error)
         # Interpreter exit would wait for collectives of the others; the launcher ends them when it sees this one gone.
         os._exit(1)

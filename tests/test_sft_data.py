@@ -42,7 +42,7 @@ def ids(text: str) -> list[int]:
 )
 def test_prompt_response_and_eos(tmp_path: Path, template: str | None, prompt: str) -> None:
     config = data(tmp_path, {"prompt": "one two", "response": "3"}, apply_chat_template=template is not None)
-    (example,) = load_examples(config, make_tokenizer(template))
+    (example,) = load_examples(config, make_tokenizer(template), max_tokens=64)
     assert example.id == "sft.jsonl:1"
     assert example.tokens == [*ids(prompt), *ids("3 <eos>")]
     assert example.prompt_length == len(ids(prompt))
@@ -50,7 +50,7 @@ def test_prompt_response_and_eos(tmp_path: Path, template: str | None, prompt: s
 
 def test_gsm8k_learns_the_whole_solution(tmp_path: Path) -> None:
     config = data(tmp_path, {"question": "one two", "answer": "two one\n#### 3"}, adapter="gsm8k")
-    (example,) = load_examples(config, make_tokenizer())
+    (example,) = load_examples(config, make_tokenizer(), max_tokens=64)
     assert example.tokens == ids("<bos> one two two one #### 3 <eos>")
 
 
@@ -59,7 +59,7 @@ def test_bad_and_overlong_records_are_named_or_counted(tmp_path: Path) -> None:
     bad = [good | {"response": " "}, good | {"response": 3}, {"prompt": "one"}, good | {"response": "\ud800"}]
     config = data(tmp_path, good, *bad)
     with pytest.raises(DataError) as caught:
-        load_examples(config, make_tokenizer())
+        load_examples(config, make_tokenizer(), max_tokens=64)
     message = str(caught.value)
     assert "sft.jsonl:2: the response is empty" in message
     assert "sft.jsonl:3: the response must be a string, found a number" in message

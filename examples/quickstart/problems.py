@@ -4,9 +4,9 @@
 
 writes sft.jsonl, train.jsonl and held_out.jsonl. No held-out sum occurs in the other two.
 
-SFT shows two ways to answer, half and half. A guess says the sum at once: ``#1552``. A worked answer adds units, tens and
-hundreds with their carries first: ``u4+8+0=12t6+8+1=15h6+8+1=15#1552``. A model of this size cannot learn to guess three-digit
-sums, and soon learns to work them out; which of the two ways pays is what GRPO has to find out.
+SFT shows two ways to answer, half and half. A guess says the sum at once: ``#1552``. A worked answer adds units, tens
+and hundreds with their carries first: ``u4+8+0=12t6+8+1=15h6+8+1=15#1552``. A model of this size cannot learn to guess
+three-digit sums, and soon learns to work them out; which of the two ways pays is what GRPO has to find out.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python examples/quickstart/run.py [--layout tp2|dp2|pp2|1] [--seed N] [--root runs/quickstart]
 
-Nothing is downloaded: problems, tokenizer and model are made here. Two runs of `megarl train` follow, each over two ranks
-with a real megatron-core model; the second samples with real vLLM engines in the same processes. See README.md.
+Nothing is downloaded: problems, tokenizer and model are made here. Two runs of `megarl train` follow, each over two
+ranks with a real megatron-core model; the second samples with real vLLM engines in the same processes. See README.md.
 """
 
 from __future__ import annotations

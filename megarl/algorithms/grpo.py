@@ -6,15 +6,16 @@ group's mean likelier, by PPO's clipped surrogate. With ``advantage.normalize_by
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from megarl import advantages
-from megarl.algorithms.sft import due, save
+from megarl.algorithms.sft import due, save_if_due
 from megarl.config import Config
-from megarl.data.prompts import PromptStream, load_prompts
+from megarl.data.prompts import Prompt, PromptStream, load_prompts
 from megarl.data.records import Sample
 from megarl.losses.mismatch import MISMATCH_METRICS, check_mismatch
 from megarl.losses.policy import grpo
@@ -32,6 +33,7 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
     with run.phase("load"):
         tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
         prompts = load_prompts(cfg.data, tokenizer)
+        run.dropped(prompts.dropped, kept=len(prompts))
         held_out = load_prompts(cfg.data, tokenizer, validation=True) if cfg.data.val_path else []
         held_out = held_out[: cfg.validation.max_val_samples]
         stream = PromptStream(prompts, cfg.run.seed, cfg.data.shuffle)
@@ -43,9 +45,7 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
         weights = policy.stream(cfg.weight_sync.bucket_size_mb << 20)
         push(weights, sampler.engine)
     if held_out and cfg.validation.val_at_start:
-        with run.phase("validate"):
-            before = sampler.validate(held_out)
-        run.report(0, steps, before | {f"data/dropped_{why}": float(n) for why, n in prompts.dropped.items()})
+        run.report(0, steps, validate(run, sampler, held_out, step=0))
 
     loss = partial(grpo, cfg=cfg.loss)
     for step in range(1, steps + 1):
@@ -65,19 +65,25 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
                     for _ in range(cfg.train.ppo_epochs)
                     for batch in batches
                 ]
+            last = step == steps
+            save_if_due(cfg, run, policy, step, last=last)  # while vLLM sleeps: there is room for whole tensors
             with run.phase("sync"):
                 push(weights, sampler.engine)
             metrics = rollout.metrics() | spread(advantage) | actor_metrics(history)
-            last = step == steps
             if held_out and (due(step, cfg.validation.val_period) or (last and cfg.validation.val_at_end)):
-                with run.phase("validate"):
-                    metrics |= sampler.validate(held_out)
-        run.report(step, steps, metrics, rollout.lengths)
-        run.events(rollout.errors)
+                metrics |= validate(run, sampler, held_out, step)
+        run.report(step, steps, metrics, rollout.lengths, epochs=cfg.train.ppo_epochs)
+        run.events(step, rollout.errors)
         check_mismatch(metrics, cfg.weight_sync)
-        if due(step, cfg.checkpoint.save_period) or (last and cfg.checkpoint.save_at_end):
-            save(cfg, run, policy, "final" if last else f"step_{step:06d}")
     sampler.close()
+
+
+def validate(run: Run, sampler: Sampler, held_out: Sequence[Prompt], step: int) -> dict[str, float]:
+    """Metrics of the held-out prompts under the weights that were pushed last."""
+    with run.phase("validate"):
+        metrics, errors = sampler.validate(held_out)
+    run.events(step, errors)
+    return metrics
 
 
 def number_of_steps(cfg: Config, num_prompts: int) -> tuple[int, int]:

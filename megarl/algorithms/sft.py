@@ -20,23 +20,24 @@ from megarl.weights.convert import save_hf
 def train(cfg: Config, run: Run, mesh: Mesh) -> None:
     """`train_global_batch_size` examples a step, for `max_num_epochs`, or `max_num_steps` if that is less."""
     with run.phase("load"):
-        examples = load_examples(cfg.data, AutoTokenizer.from_pretrained(cfg.model.path))
+        spec = read_spec(cfg.model.path)
+        longest = min(spec.max_position_embeddings, cfg.train.train_mb_tokens + 1)  # the last token is only a target
+        examples = load_examples(cfg.data, AutoTokenizer.from_pretrained(cfg.model.path), longest)
+        run.dropped(examples.dropped, kept=len(examples))
         stream = PromptStream(examples, cfg.run.seed, cfg.data.shuffle)
-        batch_size = cfg.train.train_global_batch_size
-        steps = max(1, cfg.run.max_num_epochs * len(examples) // batch_size)
+        steps = max(1, cfg.run.max_num_epochs * len(examples) // cfg.train.train_global_batch_size)
         steps = min(steps, cfg.run.max_num_steps or steps)
-        policy = Engine(cfg, mesh, read_spec(cfg.model.path), temperature=1.0, total_updates=steps)
+        policy = Engine(cfg, mesh, spec, temperature=1.0, total_updates=steps)
     for step in range(1, steps + 1):
         with run.phase("step"):
-            batch = [Sample(e.id, 0, e.tokens, e.prompt_length) for e in stream.next(batch_size)]
-            share = balance([len(sample.tokens) for sample in batch], mesh.dp_size)[mesh.dp_rank]
+            drawn = stream.next(cfg.train.train_global_batch_size)
+            batch = [Sample(e.id, 0, e.tokens, e.prompt_length) for e in drawn]
+            lengths = [len(sample.tokens) for sample in batch]
+            mine = [batch[i] for i in balance(lengths, mesh.dp_size)[mesh.dp_rank]]
             with run.phase("train"):
-                metrics = policy.step([batch[i] for i in share], sft, loss_agg_mode=cfg.loss.loss_agg_mode)
-        lengths = [len(sample.tokens) for sample in batch]
+                metrics = policy.step(mine, sft, loss_agg_mode=cfg.loss.loss_agg_mode)
+            save_if_due(cfg, run, policy, step, last=step == steps)
         run.report(step, steps, {f"actor/{name}": value for name, value in metrics.items()}, lengths)
-        last = step == steps
-        if due(step, cfg.checkpoint.save_period) or (last and cfg.checkpoint.save_at_end):
-            save(cfg, run, policy, "final" if last else f"step_{step:06d}")
 
 
 def due(step: int, period: int) -> bool:
@@ -44,8 +45,10 @@ def due(step: int, period: int) -> bool:
     return period > 0 and step % period == 0
 
 
-def save(cfg: Config, run: Run, policy: Engine, name: str) -> None:
-    """Write the policy as a Hugging Face directory under the run's folder."""
+def save_if_due(cfg: Config, run: Run, policy: Engine, step: int, *, last: bool) -> None:
+    """Write the policy as a Hugging Face directory under the run's folder, at the times ``checkpoint`` says."""
+    if not (due(step, cfg.checkpoint.save_period) or (last and cfg.checkpoint.save_at_end)):
+        return
     with run.phase("save"):
-        bucket = cfg.weight_sync.bucket_size_mb << 20
-        save_hf(policy.stream(bucket), run.dir / "hf" / name, carry_from=cfg.model.path)
+        stream = policy.stream(cfg.weight_sync.bucket_size_mb << 20)
+        save_hf(stream, run.dir / "hf" / ("final" if last else f"step_{step:06d}"), carry_from=cfg.model.path)

@@ -5,6 +5,7 @@ tokens, the reference answer and its record, and its id leads back to the line i
 draws depends on its arguments alone, so that every rank draws the same, and an epoch and a position restore it.
 """
 
+import dataclasses
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -45,7 +46,8 @@ def load_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, valida
         return collect(data, data.path, data.split, build, limit=data.max_records)
     if data.val_path is None:
         raise DataError("data.val_path is not set, so there are no validation prompts; name a file or a data set")
-    return collect(data, data.val_path, data.val_split, build, limit=None)
+    source = dataclasses.replace(data, subset=data.val_subset or data.subset)
+    return collect(source, data.val_path, data.val_split, build, limit=None)
 
 
 def prompt_tokenizer(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[Any], tuple[str, list[int]]]:

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-import importlib.util
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megarl.config import Config
@@ -19,26 +32,13 @@ from megarl.weights.names import canonical_parameters
 from megarl.weights.rules import Shard
 from megarl.weights.shard import padded_vocab
 
-from megatron.core.distributed import finalize_model_grads  # isort: skip
-from megatron.core.models.gpt.gpt_layer_specs import (  # isort: skip
-    get_gpt_layer_local_spec,
-    get_gpt_layer_with_transformer_engine_spec,
-)
-from megatron.core.models.gpt.gpt_model import GPTModel  # isort: skip
-from megatron.core.tensor_parallel import (  # isort: skip
-    copy_to_tensor_model_parallel_region,
-    gather_from_sequence_parallel_region,
-)
-from megatron.core.transformer.spec_utils import ModuleSpec  # isort: skip
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build  # isort: skip
-from megatron.core.transformer.transformer_config import TransformerConfig  # isort: skip
-
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def uses_transformer_engine(device: torch.device) -> bool:
-    """Transformer Engine where it is installed and can run; megarl's own attention and norms elsewhere."""
-    return device.type == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+def uses_transformer_engine(cfg: Config, device: torch.device) -> bool:
+    """Transformer Engine where megatron could import it and has kernels: its attention takes packed sequences in 16 bit
+    only. megarl's own attention and norms serve elsewhere."""
+    return device.type == "cuda" and cfg.model.dtype == "bf16" and HAVE_TE
 
 
 class PolicyModel(GPTModel):
@@ -48,8 +48,17 @@ class PolicyModel(GPTModel):
     as GPTModel does.
     """
 
-    def __init__(self, *, true_vocab_size: int, temperature: float, logprob_chunk_size: int, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *,
+        true_vocab_size: int,
+        temperature: float,
+        logprob_chunk_size: int,
+        entropy_gradient: bool,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(**kwargs)
+        self.entropy_gradient = entropy_gradient
         self.true_vocab_size = true_vocab_size
         self.temperature = temperature
         self.logprob_chunk_size = logprob_chunk_size
@@ -78,16 +87,18 @@ class PolicyModel(GPTModel):
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         chosen = loss_mask.view(-1).nonzero()[:, 0]
         shard = VocabShard.of(self.true_vocab_size, weight.shape[0], tp.rank(), tp)
-        pair = token_logprobs(
+        logps, entropy = token_logprobs(
             hidden[chosen, 0], weight, labels.view(-1)[chosen], shard, self.temperature, self.logprob_chunk_size
         )
-        out = hidden.new_zeros((2, hidden.shape[0]), dtype=torch.float32)
-        return out.index_copy(1, chosen, torch.stack(pair))
+        if not self.entropy_gradient:  # then backward leaves its part of the work out
+            entropy = entropy.detach()
+        zeros = hidden.new_zeros(hidden.shape[0], dtype=torch.float32)
+        return torch.stack([zeros.index_copy(0, chosen, values) for values in (logps, entropy)])
 
 
 def transformer_config(cfg: Config, spec: ModelSpec, mesh: Mesh) -> TransformerConfig:
     """Megatron's configuration of the model. ``model.model_overrides`` has the last word."""
-    engine = uses_transformer_engine(mesh.device)
+    engine = uses_transformer_engine(cfg, mesh.device)
     dtype = DTYPES[cfg.model.dtype]
     settings: dict[str, Any] = {
         # the architecture
@@ -141,9 +152,11 @@ def transformer_config(cfg: Config, spec: ModelSpec, mesh: Mesh) -> TransformerC
     return TransformerConfig(**settings | dict(cfg.model.model_overrides))
 
 
-def layer_spec(config: TransformerConfig, spec: ModelSpec, mesh: Mesh) -> ModuleSpec | TransformerBlockSubmodules:
+def layer_spec(
+    cfg: Config, config: TransformerConfig, spec: ModelSpec, mesh: Mesh
+) -> ModuleSpec | TransformerBlockSubmodules:
     """Transformer Engine's layers, or megatron's local ones with our attention and norms in their places."""
-    if uses_transformer_engine(mesh.device):
+    if uses_transformer_engine(cfg, mesh.device):
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=spec.qk_layernorm)
     layer = get_gpt_layer_local_spec(qk_layernorm=spec.qk_layernorm, normalization="RMSNorm")
     layer.submodules.input_layernorm = RMSNorm
@@ -161,7 +174,7 @@ def build_model(cfg: Config, spec: ModelSpec, mesh: Mesh, temperature: float) ->
     config = transformer_config(cfg, spec, mesh)
     model = PolicyModel(
         config=config,
-        transformer_layer_spec=layer_spec(config, spec, mesh),
+        transformer_layer_spec=layer_spec(cfg, config, spec, mesh),
         vocab_size=padded_vocab(spec.vocab_size, mesh.tp_size),
         true_vocab_size=spec.vocab_size,
         max_sequence_length=spec.max_position_embeddings,
@@ -172,6 +185,7 @@ def build_model(cfg: Config, spec: ModelSpec, mesh: Mesh, temperature: float) ->
         pg_collection=mesh.groups,
         temperature=temperature,
         logprob_chunk_size=cfg.model.logprob_chunk_size,
+        entropy_gradient=cfg.loss.entropy_coef != 0,
     )
     # One formula for every rope type, not megatron's: theirs hard-codes Llama 3's constants.
     model.rotary_pos_emb.inv_freq = inverse_frequencies(spec.rope, spec.kv_channels).to(mesh.device)

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megarl.config import Config
@@ -29,9 +31,6 @@ from megarl.model.optimizer import build_optimizer, build_scheduler
 from megarl.parallel.mesh import Mesh
 from megarl.weights.convert import WeightStream, load_hf
 from megarl.weights.hf_files import HFCheckpoint
-
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # isort: skip
-from megatron.core.pipeline_parallel import get_forward_backward_func  # isort: skip
 
 # (log-probabilities [T], batch) -> (loss [T], metrics {name: [T]})
 Loss = Callable[[Tensor, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
@@ -54,6 +53,7 @@ class Engine:
         self.cfg = cfg
         self.mesh = mesh
         self.spec = spec
+        self.transformer_engine = uses_transformer_engine(cfg, mesh.device)
         with mesh.platform():
             model = build_model(cfg, spec, mesh, temperature)
             checkpoint = HFCheckpoint(cfg.model.path)
@@ -67,7 +67,7 @@ class Engine:
             self.model = DistributedDataParallel(model.config, ddp, model, pg_collection=mesh.groups)
             if cfg.optimizer.overlap_grad_reduce:
                 model.config.no_sync_func = self.model.no_sync
-            self.optimizer = build_optimizer(cfg, self.model)
+            self.optimizer = build_optimizer(cfg, self.model, mesh.device)
             self.scheduler = build_scheduler(cfg, self.optimizer, total_updates)
 
     # ---- verbs -------------------------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ class Engine:
         groups = microbatches_of([positions_of(sample) for sample in samples], budget)
         batches = [self._pack([samples[i] for i in group], loss_agg_mode) for group in groups]
         if not batches:  # a replica without samples still takes part: one microbatch that counts for nothing
-            batches = [self._pack([Sample("(none)", 0, [0, 0], prompt_length=2)], loss_agg_mode)]
+            batches = [self._pack([_nothing()], loss_agg_mode)]
         place = {i: at for at, i in enumerate(i for group in groups for i in group)}
         return batches, [place[i] for i in range(len(samples))]
 
@@ -172,8 +172,7 @@ class Engine:
         )
 
     def _forward(self, batch: MicroBatch, model: torch.nn.Module, *, labels: bool = True) -> Tensor:
-        engine = uses_transformer_engine(self.mesh.device)
-        layout = packed_layout(batch.cu_seqlens, self.mesh.device, transformer_engine=engine)
+        layout = packed_layout(batch.cu_seqlens, self.mesh.device, transformer_engine=self.transformer_engine)
         return model(
             batch.tokens[None],
             batch.positions[None],
@@ -239,6 +238,13 @@ class Engine:
             f"the update was refused on all ranks. This replica trained on {len(samples)} samples ({named}, ...). "
             "Look at their rewards and rollout_logps, or lower optimizer.lr"
         )
+
+
+def _nothing() -> Sample:
+    """A sequence without a response. It has every field a loss may ask for, so that all replicas report the same
+    metrics."""
+    empty = torch.empty(0)
+    return Sample("(none)", 0, [0, 0], prompt_length=2, rollout_logps=empty, old_logps=empty, ref_logps=empty)
 
 
 class HostWeights:

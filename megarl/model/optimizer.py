@@ -8,13 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from megatron.core import optimizer as megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, distrib_optimizer, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megarl.config import Config
-
-from megatron.core import optimizer as megatron_optimizer  # isort: skip
-from megatron.core.optimizer import distrib_optimizer  # isort: skip
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer  # isort: skip
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler  # isort: skip
 
 
 class FusedAdamW(torch.optim.Optimizer):
@@ -69,23 +67,24 @@ class FusedAdamW(torch.optim.Optimizer):
 
 
 @contextlib.contextmanager
-def _our_adam() -> Iterator[None]:
-    """Megatron falls back to torch's AdamW without Transformer Engine or Apex; let it find ours for the moment of
-    building."""
-    if not megatron_optimizer.USING_PYTORCH_OPTIMIZER:
+def _our_adam(device: torch.device) -> Iterator[None]:
+    """Let megatron find our Adam for the moment of building, where it would fall back to torch's (without Transformer
+    Engine
+    or Apex) or take theirs, which knows CUDA only."""
+    theirs, fallback = megatron_optimizer.Adam, megatron_optimizer.USING_PYTORCH_OPTIMIZER
+    if device.type == "cuda" and not fallback:
         yield
         return
-    theirs = megatron_optimizer.Adam
     megatron_optimizer.Adam = distrib_optimizer.Adam = FusedAdamW
     megatron_optimizer.USING_PYTORCH_OPTIMIZER = False
     try:
         yield
     finally:
         megatron_optimizer.Adam = distrib_optimizer.Adam = theirs
-        megatron_optimizer.USING_PYTORCH_OPTIMIZER = True
+        megatron_optimizer.USING_PYTORCH_OPTIMIZER = fallback
 
 
-def build_optimizer(cfg: Config, model: torch.nn.Module) -> MegatronOptimizer:
+def build_optimizer(cfg: Config, model: torch.nn.Module, device: torch.device) -> MegatronOptimizer:
     """Adam over a DDP-wrapped model, sharded over data parallelism with ``use_distributed_optimizer``."""
     o = cfg.optimizer
     config = OptimizerConfig(
@@ -101,14 +100,18 @@ def build_optimizer(cfg: Config, model: torch.nn.Module) -> MegatronOptimizer:
         params_dtype=torch.bfloat16 if cfg.model.dtype == "bf16" else torch.float32,
         use_distributed_optimizer=o.use_distributed_optimizer,
     )
-    with _our_adam():
+    with _our_adam(device):
         return get_megatron_optimizer(config, [model], use_gloo_process_groups=False)
 
 
 def build_scheduler(cfg: Config, optimizer: MegatronOptimizer, total_updates: int) -> OptimizerParamScheduler:
-    """Learning rate over optimizer updates: linear warm-up, then constant, linear or cosine decay to ``min_lr``."""
+    """Learning rate over optimizer updates: linear warm-up, then constant, linear or cosine decay to ``min_lr``.
+
+    The schedule is stepped before each update, so that the first of w warm-up updates has lr / w. ``min_lr`` would be
+    reached one update after the last: with the usual 0 an update would be wasted.
+    """
     o = cfg.optimizer
-    decay = o.lr_decay_iters or max(total_updates, 1)
+    decay = o.lr_decay_iters or total_updates + 1
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,

@@ -13,7 +13,6 @@ Checked with megatron-core 0.16.1 and 0.19.2, torch 2.13.
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -134,19 +133,3 @@ def megatron_on_cpu() -> Iterator[None]:
     finally:
         for owner, name, value in reversed(saved):
             setattr(owner, name, value)
-
-
-def quiet_megatron_imports() -> None:
-    """Silence advice that is not for the user: about Transformer Engine and Apex (`megarl doctor` gives it once), about
-    CUDA's launch queues, and torch's renaming of collectives that megatron-core calls by their old names."""
-    for text in (
-        "Transformer Engine",
-        "Apex",
-        "transformer_engine",
-        "full scope is deprecated",
-        "CUDA_DEVICE_MAX_CONNECTIONS",
-        "MimoModelConfig is experimental",
-        "The .grad attribute of a Tensor that is not a leaf",
-        r"`torch\.distributed\.\w+` is deprecated",
-    ):
-        warnings.filterwarnings("ignore", message=f".*{text}.*")

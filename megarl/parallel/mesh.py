@@ -15,14 +15,11 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megarl.config import Config
 from megarl.parallel import cpu
-
-cpu.quiet_megatron_imports()
-
-from megatron.core import parallel_state  # noqa: E402
-from megatron.core.process_groups_config import ProcessGroupCollection  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -91,13 +88,22 @@ def pick_device(wanted: str) -> torch.device:
 def build_mesh(cfg: Config) -> Mesh:
     """Join the job and build its groups.
 
-    RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT come from torchrun or srun; a process started by hand is a job of one.
-    Every collective of every group fails after ``run.deadline_s``.
+    torchrun says who this rank is, or srun (with MASTER_ADDR and MASTER_PORT set for it); a process started by hand is
+    a job of one. Every collective of every group fails after ``run.deadline_s``. Raises ValueError where the launcher
+    started another number of ranks than the recipe asks for.
     """
+    _identify()
+    wanted = cfg.cluster.num_nodes * cfg.cluster.gpus_per_node
+    if int(os.environ["WORLD_SIZE"]) != wanted:
+        raise ValueError(
+            f"{os.environ['WORLD_SIZE']} ranks were started, but cluster.num_nodes {cfg.cluster.num_nodes} x "
+            f"cluster.gpus_per_node {cfg.cluster.gpus_per_node} = {wanted}: start as many, or change the recipe"
+        )
     device = pick_device(cfg.cluster.device)
     if device.type == "cuda":
+        # Megatron's tensor parallelism relies on one hardware queue to overlap its collectives with computation.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(device)
-    _defaults_for_one_process()
     timeout = timedelta(seconds=cfg.run.deadline_s)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
@@ -107,7 +113,7 @@ def build_mesh(cfg: Config) -> Mesh:
             tensor_model_parallel_size=cfg.parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=cfg.parallel.pipeline_model_parallel_size,
             distributed_timeout_minutes=cfg.run.deadline_s / 60,
-            create_gloo_process_groups=device.type == "cuda",
+            create_gloo_process_groups=False,
         )
         _seed_rng_tracker(cfg.run.seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()
@@ -137,14 +143,22 @@ def _seed_rng_tracker(seed: int) -> None:
     model_parallel_cuda_manual_seed(seed, force_reset_rng=True)
 
 
-def _defaults_for_one_process() -> None:
-    if "RANK" in os.environ:
+def _identify() -> None:
+    """Give torch.distributed the names it reads, from srun's where torchrun is not there."""
+    env = os.environ
+    if "RANK" in env:
+        return
+    if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
+        if missing:
+            names = " and ".join(missing)
+            raise ValueError(f"srun started {env['SLURM_NTASKS']} ranks; set {names} for them, or use torchrun")
+        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ.update(alone)
+    env.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
 
 
 def device_name(device: torch.device) -> str | None:

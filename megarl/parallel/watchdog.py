@@ -27,7 +27,7 @@ import torch.distributed as dist
 EXIT_DEADLINE = 124  # as timeout(1)
 EXIT_TERMINATED = 128 + signal.SIGTERM  # as a shell reports it
 _BEAT_S = 1.0
-_STALE_S = 3.0  # a rank whose heartbeat is older than this no longer runs
+_STALE_S = 3.0  # a rank without a heartbeat for so long no longer runs
 
 
 class Watchdog:
@@ -40,6 +40,7 @@ class Watchdog:
         self._store = self._own_store()
         self._phases: list[tuple[str, float]] = [("start", time.monotonic())]
         self._closed = False
+        self._beats = 0
         self._last_words = threading.Lock()
         self._signals = _signals_as_bytes()
         self._beat()
@@ -82,26 +83,31 @@ class Watchdog:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def suspects(self) -> str:
-        """One sentence on the ranks that stopped answering, or are in another phase than this one."""
+        """One sentence on the ranks that stopped, or are in another phase than this one. Takes `_STALE_S` seconds:
+        only what
+        moves meanwhile is alive, whatever the clocks of other hosts say."""
+        others = [rank for rank in range(self.world_size) if rank != self.rank]
+        try:
+            before = {rank: self._heartbeat(rank) for rank in others}
+            time.sleep(_STALE_S)
+            beats = {rank: self._heartbeat(rank) for rank in others}
+        except (RuntimeError, OSError) as reason:
+            return f"rank 0, which keeps the heartbeats, does not answer ({type(reason).__name__})"
         silent, elsewhere = [], []
-        for rank in range(self.world_size):
-            if rank == self.rank:
-                continue
-            try:
-                beat = json.loads(self._store.get(f"beat/{rank}"))
-            except (RuntimeError, OSError) as reason:  # rank 0, who keeps the store, is gone
-                return f"rank 0, which keeps the heartbeats, does not answer ({type(reason).__name__})"
+        for rank, beat in beats.items():
             where = f"rank {rank} on {beat['host']} (phase {beat['phase']!r}"
-            age = time.time() - beat["time"]
-            if age > _STALE_S:
-                silent.append(f"{where}, silent for {age:.0f} s)")
+            if beat["count"] == before[rank]["count"]:
+                silent.append(f"{where})")
             elif beat["phase"] != self.phase:
                 elsewhere.append(f"{where}, {beat['seconds']:.0f} s in it)")
         if silent:
             return "no longer running: " + ", ".join(silent)
         if elsewhere:
             return "in another phase: " + ", ".join(elsewhere)
-        return "all other ranks answer, and are in the same phase"
+        return "all of them run, in the same phase"
+
+    def _heartbeat(self, rank: int) -> dict[str, Any]:
+        return json.loads(self._store.get(f"beat/{rank}"))
 
     def report(self, what: str, *, peers: bool) -> None:
         """Say on stderr who this is, where, and what happened; with ``peers`` also what became of the other ranks.
@@ -113,7 +119,6 @@ class Watchdog:
             return
         print(f"{self._me()}: {what}", file=sys.stderr, flush=True)
         if peers and self.world_size > 1:
-            time.sleep(_STALE_S + _BEAT_S)  # until a dead rank's last heartbeat is old
             print(f"{self._me()}: other ranks: {self.suspects()}", file=sys.stderr, flush=True)
 
     def report_error(self, error: BaseException) -> None:
@@ -125,7 +130,8 @@ class Watchdog:
     def _beat(self) -> None:
         name, since = self._phases[-1]
         seconds = time.monotonic() - since
-        beat = {"host": socket.gethostname(), "phase": name, "seconds": seconds, "time": time.time()}
+        self._beats += 1
+        beat = {"host": socket.gethostname(), "phase": name, "seconds": seconds, "count": self._beats}
         with contextlib.suppress(RuntimeError, OSError):  # the store goes with rank 0, which the deadline then notices
             self._store.set(f"beat/{self.rank}", json.dumps(beat))
 
@@ -174,5 +180,7 @@ def die_with_parent() -> None:
         return
     pr_set_pdeathsig = 1
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() == 1 and os.environ.get("TORCHELASTIC_RUN_ID"):  # it died before we asked
+    launcher = os.environ.get("MEGARL_LAUNCHER")  # its process id, where `megarl train` became torchrun
+    if launcher and int(launcher) != os.getppid():
+        print("the launcher died while this rank was starting", file=sys.stderr)
         os._exit(EXIT_DEADLINE)

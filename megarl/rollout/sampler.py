@@ -149,9 +149,14 @@ class Sampler:
         self.engine.sleep()
         return rollout
 
-    def validate(self, prompts: Sequence[Prompt]) -> dict[str, float]:
-        """Accuracy of held-out prompts: the mean reward total (pass@1 where the reward is 0 or 1), and response
-        lengths."""
+    def validate(self, prompts: Sequence[Prompt]) -> tuple[dict[str, float], list[str]]:
+        """Sample held-out prompts.
+
+        Returns:
+            metrics: ``val/accuracy``, the mean of the reward function ``validation.val_reward`` (pass@1 where it is 0
+            or 1), the mean weighted reward and response lengths; and what went wrong with samples that could not be
+            scored.
+        """
         v, r = self.cfg.validation, self.cfg.rollout
         sampling = Sampling(
             v.val_num_generations_per_prompt,
@@ -163,13 +168,15 @@ class Sampler:
         # The same seed at every validation: a change of accuracy is a change of the model.
         rollout = self._sample(list(prompts), sampling, seed=self._seed(0))
         metrics = rollout.metrics()
+        measured = v.val_reward or self.cfg.reward.functions[0].name
         return {
-            "val/accuracy": metrics["reward/mean"],
+            "val/accuracy": metrics[f"reward/{measured}"],
+            "val/reward": metrics["reward/mean"],
             "val/response_length": metrics["response_length/mean"],
             "val/clip_ratio": metrics["response_length/clip_ratio"],
             "val/num_samples": float(len(rollout.rows)),
             "val/errors": float(len(rollout.errors)),
-        }
+        }, rollout.errors
 
     def close(self) -> None:
         if self.rewards:

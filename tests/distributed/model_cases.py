@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,10 @@ import torch
 
 from megarl.config import load
 from megarl.data.records import MicroBatch, Sample
-from megarl.model.engine import Engine, HostWeights
+from megarl.losses.policy import grpo
+from megarl.model.engine import Engine, HostWeights, NonFiniteError
 from megarl.model.family import read_spec
+from megarl.parallel.collectives import exchange_samples
 from megarl.parallel.mesh import Mesh, build_mesh
 from megarl.weights.convert import WeightStream, save_hf
 
@@ -111,3 +114,47 @@ def reference_swap(recipe: str, model: str, overrides: list[str], samples: list[
             differ = not any(torch.equal(a, b) for a, b in zip(first, moved, strict=True))
     equal = all(torch.equal(outcomes[0][name], outcomes[1][name]) for name in outcomes[0])
     return {"reference_is_the_start": same, "policy_moved": differ, "training_undisturbed": equal}
+
+
+def one_replica_has_nothing(
+    recipe: str, model: str, overrides: list[str], samples: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """A GRPO update with every term of the loss, all of whose samples are on replica 0."""
+    engine = engine_of(recipe, model, overrides)
+    mine = [Sample(**fields) for fields in samples] if engine.mesh.dp_rank == 0 else []
+    for sample in mine:
+        sample.advantage = 1.0
+        sample.rollout_logps = sample.ref_logps = torch.full((sample.response_length,), -3.0)
+    return engine.step(mine, partial(grpo, cfg=engine.cfg.loss))
+
+
+def poisoned_step(recipe: str, model: str, overrides: list[str], samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """One NaN advantage on one replica: what every rank says, and whether its weights stayed."""
+    engine = engine_of(recipe, model, overrides)
+    batch = [Sample(**fields) for fields in samples]
+    for sample in batch:
+        sample.advantage = float("nan") if engine.mesh.dp_rank == 1 else 1.0
+    before = {name: tensor.clone() for name, tensor in engine.stream(1 << 20)}
+    said = ""
+    try:
+        engine.step(batch, sequence_loss)
+    except NonFiniteError as error:
+        said = str(error)
+    return {"said": said, "kept": all(torch.equal(tensor, before[name]) for name, tensor in engine.stream(1 << 20))}
+
+
+def learning_rates(recipe: str, model: str, overrides: list[str], samples: list[dict[str, Any]]) -> list[float]:
+    engine = engine_of(recipe, model, overrides)
+    return [engine.step([Sample(**fields) for fields in samples], sequence_loss)["lr"] for _ in range(10)]
+
+
+def exchanged(recipe: str, model: str, overrides: list[str]) -> list[tuple[str, int, list[int], list[float]]]:
+    """Every rank sends rank r the samples whose row is r modulo the world's size; one rank has none to send."""
+    mesh = build_mesh(load([recipe, f"model.path={model}", *overrides]))
+    outgoing: list[list[Sample]] = [[] for _ in range(mesh.world_size)]
+    for row in range(0 if mesh.rank == 1 else 5):
+        tokens = [100 * mesh.rank + row] * (row + 2)
+        sample = Sample(f"from {mesh.rank}", row, tokens, 1, rollout_logps=torch.full((row + 1,), -float(row)), row=row)
+        outgoing[row % mesh.world_size].append(sample)
+    arrived = [sample for sent in exchange_samples(outgoing, mesh.host_group) for sample in sent]
+    return [(s.prompt_id, s.row, s.tokens, s.rollout_logps.tolist()) for s in arrived]

@@ -26,6 +26,21 @@ LAYOUTS = {
     "DP2 PP2": (4, 1, 2, 0),
     "DP2 TP2 SP": (4, 2, 1, 1),
 }
+VARIANTS = {
+    "uneven PP2": (
+        "PP2",
+        ["parallel.num_layers_in_first_pipeline_stage=1", "parallel.num_layers_in_last_pipeline_stage=3"],
+    ),
+    "full recomputation": (
+        "TP2 SP",
+        ["model.recompute_granularity=full", "model.recompute_method=uniform", "model.recompute_num_layers=1"],
+    ),
+    "selective recomputation": (
+        "1 rank",
+        ["model.recompute_granularity=selective", "model.recompute_modules=[core_attn]"],
+    ),
+    "overlapped reduction": ("DP2", ["optimizer.overlap_grad_reduce=true", "optimizer.use_distributed_optimizer=true"]),
+}
 
 
 def layout(name: str) -> tuple[int, list[str]]:
@@ -50,6 +65,7 @@ def recipe(tmp_path_factory):
         f"data: {{path: {folder / 'data.jsonl'}, max_prompt_length: 32}}\n"
         "rollout: {max_response_length: 32}\n"
         "train: {train_global_batch_size: 4}\n"
+        "loss: {entropy_coef: 0.1}\n"  # so that the entropy has a gradient
         # The update must not amplify noise: Adam divides by sqrt(v), which eps 1 keeps away from 0.
         "optimizer: {lr: 0.1, clip_grad: 0.0, adam_eps: 1.0, use_distributed_optimizer: false}\n"
     )
@@ -192,6 +208,74 @@ def test_gradients_do_not_depend_on_the_layout(ranks, tiny_hf, recipe, mode, lay
                     )
                 for key in weights:
                     np.testing.assert_allclose(after[key], weights[key], rtol=0, atol=1e-6, err_msg=f"{where}: {key}")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_switches_that_save_time_or_memory_change_no_number(ranks, tiny_hf, recipe, variant):
+    path = str(tiny_hf("qwen2", tie_word_embeddings=True))
+    arguments = {"recipe": recipe, "model": path, "samples": random_samples([30, 5, 17, 23]), "mode": "token-mean"}
+    truth, _, weights = ranks.run(model_cases.one_step, 1, overrides=layout("1 rank")[1], **arguments)[0]
+    name, changes = VARIANTS[variant]
+    world, overrides = layout(name)
+    for metrics, _, after in ranks.run(model_cases.one_step, world, overrides=[*overrides, *changes], **arguments):
+        assert metrics == pytest.approx(truth, rel=1e-5)
+        for key in weights:
+            np.testing.assert_allclose(after[key], weights[key], rtol=0, atol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["1 rank", "TP2 SP", "PP2"])
+def test_bf16_rounds_and_does_nothing_else(ranks, tiny_hf, recipe, name):
+    """Log-probabilities of a bf16 model are those of the fp32 model, to what 8 bits of mantissa leave of them."""
+    path = str(tiny_hf("qwen2", tie_word_embeddings=True, initializer_range=0.02))
+    samples = random_samples([30, 17])
+    arguments = {"recipe": recipe, "model": path, "samples": samples, "temperature": 1.0}
+    exact = np.concatenate(ranks.run(model_cases.logps, 1, overrides=layout("1 rank")[1], **arguments)[0])
+    world, overrides = layout(name)
+    rounded = np.concatenate(
+        ranks.run(model_cases.logps, world, overrides=[*overrides, "model.dtype=bf16"], **arguments)[0]
+    )
+    error = np.abs(rounded - exact)
+    assert 0 < error.mean() < 1e-2 and error.max() < 5e-2
+
+
+def test_a_replica_without_samples_takes_part(ranks, tiny_hf, recipe):
+    """An update smaller than data parallelism, with KL, importance sampling and entropy in the loss."""
+    path, samples = str(tiny_hf("qwen2", tie_word_embeddings=True)), random_samples([9, 14])
+    terms = ["loss.kl_loss_coef=0.1", "loss.truncated_importance_sampling_type=tis"]
+    arguments = {"recipe": recipe, "model": path, "samples": samples}
+    alone = ranks.run(model_cases.one_replica_has_nothing, 1, overrides=[*layout("1 rank")[1], *terms], **arguments)[0]
+    for metrics in ranks.run(
+        model_cases.one_replica_has_nothing, 2, overrides=[*layout("DP2")[1], *terms], **arguments
+    ):
+        assert metrics == pytest.approx(alone, rel=1e-5)
+
+
+def test_poison_on_one_replica_stops_all_before_the_optimizer(ranks, tiny_hf, recipe):
+    path = str(tiny_hf("qwen2", tie_word_embeddings=True))
+    arguments = {"recipe": recipe, "model": path, "overrides": layout("DP2")[1], "samples": random_samples([9, 14])}
+    for outcome in ranks.run(model_cases.poisoned_step, 2, **arguments):
+        assert "loss nan" in outcome["said"] and "prompt p0, sample 0" in outcome["said"] and outcome["kept"]
+
+
+def test_learning_rate_of_every_update(ranks, tiny_hf, recipe):
+    """10 updates, 2 of them warm-up: lr/2, lr, then a straight line that would reach 0 at update 11."""
+    path = str(tiny_hf("llama"))
+    schedule = ["optimizer.lr_warmup_iters=2", "optimizer.lr_decay_style=linear"]
+    arguments = {"recipe": recipe, "model": path, "samples": random_samples([5])}
+    rates = ranks.run(model_cases.learning_rates, 1, overrides=[*layout("1 rank")[1], *schedule], **arguments)[0]
+    assert rates == pytest.approx([0.05, 0.1, *(0.1 * (11 - k) / 9 for k in range(3, 11))])
+
+
+def test_samples_reach_the_rank_they_are_sent_to(ranks, tiny_hf, recipe):
+    arguments = {"recipe": recipe, "model": str(tiny_hf("llama")), "overrides": ["cluster.gpus_per_node=3"]}
+    for rank, arrived in enumerate(ranks.run(model_cases.exchanged, 3, **arguments)):
+        rows = [row for row in range(5) if row % 3 == rank]
+        expected = [
+            (f"from {sender}", row, [100 * sender + row] * (row + 2), [-float(row)] * (row + 1))
+            for sender in (0, 2)
+            for row in rows
+        ]
+        assert arrived == expected
 
 
 @pytest.mark.parametrize("name", ["1 rank", "TP2 SP", "PP2"])

@@ -1,0 +1,254 @@
+"""What a config's values can get wrong on their own: numbers out of range, names of nothing, settings without effect.
+
+Contract: a check is a generator over a config that yields `Problem`s; it changes nothing and starts nothing. A
+problem names the fields it rests on, so that `config_checks.check` can leave out what rests on a value that is wrong
+anyway. Sizes that have to fit each other, and this machine, are in config_checks.py.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megarl.config import Config
+
+Problems = Iterator["Problem"]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is wrong, and the fields that say so (none: nothing could make it an echo)."""
+
+    text: str
+    fields: tuple[str, ...]
+
+
+# Where a number may lie. A field that is null is not checked.
+RANGES = {
+    "run.seed": "[0, 4294967295]",
+    "run.max_num_steps": "[1, inf)",
+    "run.max_num_epochs": "[1, inf)",
+    "run.deadline_s": "(0, inf)",
+    "cluster.num_nodes": "[1, inf)",
+    "cluster.gpus_per_node": "[1, inf)",
+    "model.logprob_chunk_size": "[1, inf)",
+    "model.recompute_num_layers": "[1, inf)",
+    "parallel.tensor_model_parallel_size": "[1, inf)",
+    "parallel.pipeline_model_parallel_size": "[1, inf)",
+    "parallel.num_layers_in_first_pipeline_stage": "[1, inf)",
+    "parallel.num_layers_in_last_pipeline_stage": "[1, inf)",
+    "optimizer.lr": "[0, inf)",
+    "optimizer.min_lr": "[0, inf)",
+    "optimizer.lr_warmup_iters": "[0, inf)",
+    "optimizer.lr_decay_iters": "[1, inf)",
+    "optimizer.weight_decay": "[0, inf)",
+    "optimizer.adam_beta1": "[0, 1)",
+    "optimizer.adam_beta2": "[0, 1)",
+    "optimizer.adam_eps": "(0, inf)",
+    "optimizer.clip_grad": "[0, inf)",
+    "train.train_global_batch_size": "[1, inf)",
+    "train.train_mb_tokens": "[1, inf)",
+    "train.logprob_mb_tokens": "[1, inf)",
+    "train.ppo_epochs": "[1, inf)",
+    "data.max_prompt_length": "[1, inf)",
+    "data.max_records": "[1, inf)",
+    "rollout.num_prompts_per_step": "[1, inf)",
+    "rollout.num_generations_per_prompt": "[1, inf)",
+    "rollout.tensor_parallel_size": "[1, inf)",
+    "rollout.max_response_length": "[1, inf)",
+    "rollout.temperature": "[0.01, 2]",
+    "rollout.top_p": "(0, 1]",
+    "rollout.top_k": "[-1, inf)",
+    "rollout.gpu_memory_utilization": "(0, 1]",
+    "rollout.max_model_len": "[1, inf)",
+    "rollout.max_num_seqs": "[1, inf)",
+    "rollout.max_num_batched_tokens": "[1, inf)",
+    "rollout.kv_cache_gb": "(0, inf)",
+    "reward.workers": "[1, inf)",
+    "reward.timeout_s": "(0, inf)",
+    "advantage.eps": "[0, inf)",
+    "loss.clip_ratio_low": "[0, 1]",
+    "loss.clip_ratio_high": "[0, inf)",
+    "loss.clip_ratio_c": "(1, inf)",
+    "loss.kl_loss_coef": "[0, inf)",
+    "loss.entropy_coef": "[0, inf)",
+    "loss.truncated_importance_sampling_ratio": "(0, inf)",
+    "validation.val_period": "[0, inf)",
+    "validation.max_val_samples": "[1, inf)",
+    "validation.val_temperature": "[0, 2]",
+    "validation.val_top_p": "(0, 1]",
+    "validation.val_num_generations_per_prompt": "[1, inf)",
+    "weight_sync.bucket_size_mb": "[1, inf)",
+    "weight_sync.max_gen_kl_error": "(0, inf)",
+    "weight_sync.max_token_mult_prob_error": "(1, inf)",
+    "checkpoint.save_period": "[0, inf)",
+}
+# Megatron's, less those of MoE and latent attention, and less "layernorm": megatron-core 0.16 to 0.19 ends with a
+# NameError at it where Transformer Engine is missing, and does nothing where its layers have the norms inside.
+RECOMPUTE_MODULES = ("core_attn", "mlp")
+
+# Fields of megatron's TransformerConfig that are not the model's: what to do instead of overriding them.
+_UNUSED = "megarl does not divide models this way"
+_ENGINE = "megarl's engine depends on its own value"
+OWNED_OVERRIDES = {
+    "tensor_model_parallel_size": "set parallel.tensor_model_parallel_size",
+    "pipeline_model_parallel_size": "set parallel.pipeline_model_parallel_size",
+    "sequence_parallel": "set parallel.sequence_parallel",
+    "num_layers_in_first_pipeline_stage": "set parallel.num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage": "set parallel.num_layers_in_last_pipeline_stage",
+    **dict.fromkeys(("bf16", "fp16", "params_dtype", "pipeline_dtype"), "set model.dtype"),
+    **dict.fromkeys(("enable_autocast", "autocast_dtype"), "set model.dtype"),
+    "recompute_granularity": "set model.recompute_granularity",
+    "recompute_method": "set model.recompute_method",
+    "recompute_num_layers": "set model.recompute_num_layers",
+    "recompute_modules": "set model.recompute_modules",
+    "context_parallel_size": _UNUSED,
+    "hierarchical_context_parallel_sizes": _UNUSED,
+    "hybrid_context_parallel": _UNUSED,
+    "expert_model_parallel_size": _UNUSED,
+    "expert_tensor_parallel_size": _UNUSED,
+    "virtual_pipeline_model_parallel_size": _UNUSED,
+    "pipeline_model_parallel_layout": _UNUSED,
+    "account_for_embedding_in_pipeline_split": _UNUSED,
+    "account_for_loss_in_pipeline_split": _UNUSED,
+    "calculate_per_token_loss": _ENGINE,
+    "finalize_model_grads_func": _ENGINE,
+    "grad_scale_func": _ENGINE,
+    "no_sync_func": _ENGINE,
+    "grad_sync_func": _ENGINE,
+    "param_sync_func": _ENGINE,
+    "variable_seq_lengths": _ENGINE,
+    "perform_initialization": _ENGINE,
+    "use_cpu_initialization": _ENGINE,
+}
+
+
+def check_values(cfg: "Config") -> Problems:
+    """Everything of this file but the ranges."""
+    yield from _run_folder(cfg)
+    yield from _recompute(cfg)
+    yield from _overrides(cfg)
+    yield from _schedule(cfg)
+    yield from _validation(cfg)
+    yield from _names(cfg)
+
+
+def check_ranges(cfg: "Config") -> Problems:
+    for path, interval in RANGES.items():
+        section, name = path.split(".")
+        value = vars(vars(cfg)[section])[name]
+        if value is not None and not in_interval(value, interval):
+            yield Problem(f"{path} = {value} is outside {interval}", (path,))
+    for i, function in enumerate(cfg.reward.functions):
+        if not math.isfinite(function.weight):
+            yield Problem(f"reward.functions[{i}].weight = {function.weight} is not finite", ("reward.functions",))
+    if cfg.rollout.top_k == 0:
+        yield Problem("rollout.top_k = 0 would keep no token; -1 keeps all", ("rollout.top_k",))
+    if 0 < cfg.validation.val_temperature < 0.01:
+        text = f"validation.val_temperature = {cfg.validation.val_temperature} is neither 0 (greedy) nor in [0.01, 2]"
+        yield Problem(text, ("validation.val_temperature",))
+
+
+def in_interval(value: float, interval: str) -> bool:
+    """Whether a number lies in an interval written as "[0, 1)"; NaN lies in none."""
+    low, high = map(float, interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    return above and below
+
+
+def _run_folder(cfg: "Config") -> Problems:
+    """A run's folder is right inside `run.root`, also when a symbolic link has its name."""
+    name, root = cfg.run.name, Path(cfg.run.root).resolve()
+    if not name or name in (".", "..") or re.search(r"[/\\\x00-\x1f]", name):
+        yield Problem(f"run.name = {name!r} must be a plain folder name, without / or \\", ("run.name",))
+    elif (folder := (root / name).resolve()).parent != root:
+        text = f"run.name = {name!r}: {root / name} leads out of run.root, to {folder}"
+        yield Problem(text, ("run.name", "run.root"))
+
+
+def _recompute(cfg: "Config") -> Problems:
+    """Megatron's rules for activation recomputation."""
+    model, path = cfg.model, "model.recompute_"
+    granularity = f"{path}granularity = {model.recompute_granularity or 'null'}"
+    fields = (f"{path}granularity", f"{path}method", f"{path}num_layers", f"{path}modules")
+    full = {"method": model.recompute_method, "num_layers": model.recompute_num_layers}
+    for name, value in full.items():
+        if model.recompute_granularity == "full" and value is None:
+            yield Problem(f"{granularity} needs {path}{name}", fields)
+        elif model.recompute_granularity != "full" and value is not None:
+            yield Problem(f"{path}{name} = {value} goes with full recompute, but {granularity}", fields)
+    if model.recompute_granularity != "selective" and model.recompute_modules:
+        yield Problem(f"{path}modules goes with selective recompute, but {granularity}", fields)
+    if model.recompute_granularity == "selective" and not model.recompute_modules:
+        yield Problem(f"{granularity} needs {path}modules, of {', '.join(RECOMPUTE_MODULES)}", fields)
+    if unknown := [name for name in model.recompute_modules if name not in RECOMPUTE_MODULES]:
+        yield Problem(f"{path}modules: {unknown} are not among {', '.join(RECOMPUTE_MODULES)}", fields)
+
+
+def _overrides(cfg: "Config") -> Problems:
+    """Layout, numbers and gradients are megarl's, whatever else of megatron's configuration may be overridden."""
+    for name in cfg.model.model_overrides:
+        if name in OWNED_OVERRIDES:
+            text = f"model.model_overrides.{name} cannot be overridden: {OWNED_OVERRIDES[name]}"
+            yield Problem(text, ("model.model_overrides",))
+
+
+def _schedule(cfg: "Config") -> Problems:
+    optimizer = cfg.optimizer
+    if optimizer.min_lr > optimizer.lr:
+        text = f"optimizer.min_lr = {optimizer.min_lr} is above optimizer.lr = {optimizer.lr}"
+        yield Problem(text, ("optimizer.min_lr", "optimizer.lr"))
+    if optimizer.lr_decay_iters is not None and optimizer.lr_warmup_iters >= optimizer.lr_decay_iters:
+        yield Problem(
+            f"optimizer.lr_warmup_iters = {optimizer.lr_warmup_iters} leaves nothing of "
+            f"optimizer.lr_decay_iters = {optimizer.lr_decay_iters}",
+            ("optimizer.lr_warmup_iters", "optimizer.lr_decay_iters"),
+        )
+
+
+def _validation(cfg: "Config") -> Problems:
+    validation, has_data = cfg.validation, cfg.data.val_path is not None
+    if cfg.algorithm == "sft":
+        changed = [f"validation.{f.name}" for f in fields(validation) if vars(validation)[f.name] != f.default]
+        if set_fields := ["data.val_path"] * has_data + changed:
+            text = f"algorithm = sft does not validate, so that {', '.join(set_fields)} would do nothing: leave it out"
+            yield Problem(text, ("algorithm", *set_fields))
+        return
+    if validation.val_period > 0 and not has_data:
+        text = f"validation.val_period = {validation.val_period}, but there is no data.val_path to validate on"
+        yield Problem(text, ("validation.val_period", "data.val_path"))
+    if validation.val_num_generations_per_prompt > 1 and validation.val_temperature == 0:
+        count = f"validation.val_num_generations_per_prompt = {validation.val_num_generations_per_prompt}"
+        text = f"{count}, but validation.val_temperature = 0 is greedy and would give as many equal copies"
+        yield Problem(text, ("validation.val_num_generations_per_prompt", "validation.val_temperature"))
+    names = [function.name for function in cfg.reward.functions]
+    if validation.val_reward is not None and names and validation.val_reward not in names:
+        text = f"validation.val_reward = {validation.val_reward!r} is not one of reward.functions: {', '.join(names)}"
+        yield Problem(text, ("validation.val_reward", "reward.functions"))
+
+
+def _names(cfg: "Config") -> Problems:
+    """Names that refer to something elsewhere in the code."""
+    from megarl.rewards import REWARDS
+
+    if cfg.data.adapter is not None:
+        from megarl.data.adapters import ADAPTERS  # brings the readers' libraries, which take a second
+
+        if cfg.data.adapter not in ADAPTERS:
+            text = f"data.adapter = {cfg.data.adapter!r} is not one of {', '.join(ADAPTERS)}"
+            yield Problem(text, ("data.adapter",))
+    names = [function.name for function in cfg.reward.functions]
+    if not names and cfg.algorithm == "grpo":
+        yield Problem("reward.functions is empty: grpo needs a reward", ("reward.functions",))
+    for name in names:
+        if name not in REWARDS and ":" not in name:
+            near = difflib.get_close_matches(name, REWARDS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(REWARDS)}, or package.module:function"
+            yield Problem(f"reward.functions: unknown reward {name!r}; {hint}", ())
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        yield Problem(f"reward.functions has {', '.join(twice)} more than once", ())
