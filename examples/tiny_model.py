@@ -18,7 +18,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 VOCABULARY = 2_000
-SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>"}
+# Bytes spell everything; but without an <unk>, transformers would give a Qwen2 model's tokenizer one of its own, beyond
+# the model's vocabulary.
+SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
 
 
 def read_texts(files: Iterable[Path]) -> Iterator[str]:

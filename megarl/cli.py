@@ -100,7 +100,7 @@ def report(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     from megarl.observe.metrics import METRICS_FILE, read_metrics
-    from megarl.observe.report import plot_rewards, summary
+    from megarl.observe.report import picture_name, plot_rewards, summary
 
     metrics = args.run_dir / METRICS_FILE
     if not metrics.is_file():
@@ -115,8 +115,8 @@ def report(args: argparse.Namespace) -> int:
         table.add_row(what, value)
     console = Console()
     console.print(table)
-    picture = args.run_dir / "reward.png"
-    plot_rewards(records, picture)
+    picture = args.run_dir / picture_name(records)
+    plot_rewards(records, picture, title=args.run_dir.name)
     console.print(f"curve: {picture}")
     return 0
 

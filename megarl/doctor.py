@@ -141,7 +141,7 @@ def known_combinations(versions: dict[str, str]) -> Table:
     """The combinations of pins.py, and whether this one is among those that have been run."""
     table = Table(title=f"Combinations known to work: {verdict(versions)}")
     for column in ("", "for", "versions", "shown by"):
-        table.add_column(column)
+        table.add_column(column, overflow="fold")  # file names are long words
     for known in pins.KNOWN_TO_WORK + pins.PINNED_ONLY:
         here = matches_combination(versions, known["versions"])
         wanted = ", ".join(f"{package} {version}" for package, version in known["versions"].items())

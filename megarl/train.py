@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
     try:
         cfg = load(argv)
     except ConfigError as problems:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             print(problems, file=sys.stderr)
         return EXIT_CONFIG
     return run(cfg)

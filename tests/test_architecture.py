@@ -2,6 +2,7 @@
 are out, and that every recipe still loads."""
 
 import ast
+import re
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,6 +135,11 @@ def test_every_config_field_has_a_sentence() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_recipe_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the schema and its own arithmetic; models and data may be elsewhere."""
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    load([str(path)], check_model=False)
+    """Against the schema and its own arithmetic, with the settings that its header says to give; models and data may be
+    elsewhere."""
+    for name in ("WORLD_SIZE", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    name = str(path.relative_to(ROOT))
+    header = re.search(rf"^# .*{re.escape(name)}((?: \S+=\S+)*)", path.read_text(), flags=re.MULTILINE)
+    assert header, f"{name} does not say how to run it"
+    load([str(path), *header[1].split()], check_model=False)

@@ -12,10 +12,13 @@ from megarl import __version__
 from megarl.cli import main, multi_node_advice, rank_arguments, torchrun_arguments
 from megarl.config import load
 
+LAUNCHERS = ("WORLD_SIZE", "SLURM_PROCID", "MEGARL_LAUNCHER")
+
 
 @pytest.fixture
 def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name in LAUNCHERS:
+        monkeypatch.delenv(name, raising=False)
     path = tmp_path / "recipe.yaml"
     path.write_text("run: {name: my run}\nmodel: {path: none}\ndata: {path: squad}\n")
     return str(path)
@@ -23,7 +26,7 @@ def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def run_megarl(*args: str) -> subprocess.CompletedProcess[str]:
     """The command as a user starts it."""
-    env = {key: value for key, value in os.environ.items() if key != "WORLD_SIZE"}
+    env = {key: value for key, value in os.environ.items() if key not in LAUNCHERS}
     return subprocess.run(
         [sys.executable, "-m", "megarl", *args], env=env, capture_output=True, text=True, timeout=120, check=False
     )
@@ -55,6 +58,20 @@ def test_commands_import_their_work_lazily() -> None:
     assert subprocess.check_output([sys.executable, "-c", code], text=True, timeout=120) == "[]\n"
 
 
+def test_checking_a_cpu_recipe_does_not_import_torch(recipe: str) -> None:
+    """Neither GPUs nor megatron's settings are worth the seconds that torch takes."""
+    code = (
+        "import sys\n"
+        "from megarl.config import ConfigError, load\n"
+        "try: load(sys.argv[1:])\n"
+        "except ConfigError as error: print(len(error.problems))\n"
+        "print(sorted({'torch', 'vllm', 'megatron.core'} & set(sys.modules)))"
+    )
+    overrides = ["model.model_overrides.hidden_dropout=0.1", "model.model_overrides.no_such=1", "cluster.device=cpu"]
+    command = [sys.executable, "-c", code, recipe, *overrides]
+    assert subprocess.check_output(command, text=True, timeout=120) == "2\n[]\n"
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["--version"])
@@ -78,17 +95,37 @@ def test_launch_line_of_one_machine(recipe: str) -> None:
     cfg = load([recipe, "cluster.gpus_per_node=3"], check_model=False)
     arguments = torchrun_arguments(cfg, rank_arguments("r.yaml", ["run.seed=1"]))
     assert arguments[:2] == ["-m", "torch.distributed.run"]
-    assert "--nproc-per-node=3" in arguments
+    assert "--nproc-per-node=3" in arguments and "--shutdown-timeout=15" in arguments
     assert arguments[-4:] == ["-m", "megarl.train", "r.yaml", "run.seed=1"]
 
 
 def test_launch_line_of_several_machines(recipe: str) -> None:
     cfg = load([recipe, "cluster.num_nodes=2", "cluster.gpus_per_node=4"], check_model=False)
     advice = multi_node_advice(cfg, "r.yaml", ["data.system_prompt=be brief"])
-    torchrun = "torchrun --nnodes=2 --nproc-per-node=4 --rdzv-backend=c10d --rdzv-id='my run' --rdzv-endpoint"
+    torchrun = "torchrun --nnodes=2 --nproc-per-node=4 --shutdown-timeout=15"
+    torchrun += " --rdzv-backend=c10d --rdzv-id='my run' --rdzv-endpoint"
     ranks = "-m megarl.train r.yaml 'data.system_prompt=be brief'"
     assert f"  {torchrun}=HEAD:29500 {ranks}\n" in advice
-    assert f"  srun --nodes=2 --ntasks-per-node=1 {torchrun}=$HEAD:29500 {ranks}" in advice
+    assert f"  srun --kill-on-bad-exit=1 --nodes=2 --ntasks-per-node=1 {torchrun}=$HEAD:29500 {ranks}" in advice
+
+
+def test_ranks_learn_the_process_id_of_their_launcher(recipe: str, tmp_path: Path) -> None:
+    """`megarl train` becomes torchrun: the id it leaves for the ranks is that of the process they descend from."""
+    package = tmp_path / "torch" / "distributed"
+    package.mkdir(parents=True)
+    (package.parent / "__init__.py").touch()
+    (package / "__init__.py").touch()
+    (package / "run.py").write_text("import os; print(os.environ.get('MEGARL_LAUNCHER'), os.getpid())")
+    (tmp_path / "model").mkdir()
+    config = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 64}
+    config |= {"intermediate_size": 64, "num_attention_heads": 2, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    env = {key: value for key, value in os.environ.items() if key not in LAUNCHERS} | {"PYTHONPATH": str(tmp_path)}
+    settings = [f"model.path={tmp_path}/model", "cluster.device=cpu"]
+    command = [sys.executable, "-m", "megarl", "train", recipe, *settings]
+    root = Path(__file__).parents[1]
+    launcher, own = subprocess.check_output(command, env=env, cwd=root, text=True, timeout=120).split()
+    assert launcher == own
 
 
 def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields, is_dataclass
 from pathlib import Path
@@ -10,7 +12,8 @@ from typing import Any, get_args
 import pytest
 
 from megarl.config import Config, ConfigError, load, save, world_size
-from megarl.config_checks import RANGES, in_interval
+from megarl.config_checks import check_gpus, transformer_config_fields
+from megarl.config_values import OWNED_OVERRIDES, RANGES, in_interval
 
 HF_CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -27,7 +30,8 @@ HF_CONFIG = {
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name in ("WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
@@ -90,8 +94,27 @@ def test_world_size_is_the_launchers_or_the_recipes(
 ) -> None:
     cfg = load([str(recipe("cluster: {num_nodes: 2, gpus_per_node: 4}"))])
     assert world_size(cfg) == 8
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("SLURM_PROCID", "0")  # a batch script has these, and is no rank
+    monkeypatch.setenv("SLURM_NTASKS", "16")
+    assert world_size(cfg) == 8
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")  # srun with one task, which torchrun may follow
+    assert world_size(cfg) == 8
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
+    assert world_size(cfg) == 16
+    monkeypatch.setenv("WORLD_SIZE", "3")  # torchrun's word, under srun too
     assert world_size(cfg) == 3
+
+
+@pytest.mark.parametrize("launcher", [{"WORLD_SIZE": "6"}, {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "6"}], ids=str)
+def test_launcher_starts_what_the_recipe_asks_for(
+    recipe: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, launcher: dict[str, str]
+) -> None:
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    load([str(recipe()), "cluster.num_nodes=2", f"{GPUS}=3"])
+    assert problems(recipe(), "cluster.num_nodes=2", f"{GPUS}=4") == [
+        f"6 ranks were launched, but cluster.num_nodes 2 x {GPUS} 4 = 8"
+    ]
 
 
 # ---- what is wrong with single values ----
@@ -216,7 +239,26 @@ BATCH, GROUP = "train.train_global_batch_size", "rollout.num_generations_per_pro
         ({BATCH: 384}, f"{BATCH} 384 sequences: 512 % 384 = 128"),
         ({GPUS: 8, TP: 2, BATCH: 2}, f"too few for 4 data-parallel ranks: 8 ranks / ({TP} 2 x {PP} 1) = 4"),
         ({GROUP: 1, BATCH: 64}, "every advantage is r - r = 0"),
-        ({"rollout.temperature": 0}, "greedy samples"),
+        ({"rollout.temperature": 0}, "rollout.temperature = 0.0 is outside [0.01, 2]"),
+        ({"validation.val_temperature": 0.001}, "is neither 0 (greedy) nor in [0.01, 2]"),
+        ({"validation.val_num_generations_per_prompt": 4}, "as many equal copies"),
+        ({"validation.val_reward": "exact"}, "'exact' is not one of reward.functions: math"),
+        ({"weight_sync.max_token_mult_prob_error": 1}, "is outside (1, inf)"),
+        ({"algorithm": "sft", "validation.val_period": 5}, "so that validation.val_period would do nothing"),
+        (
+            {"algorithm": "sft", "data.val_path": "squad", "validation.val_at_end": False},
+            "so that data.val_path, validation.val_at_end would do nothing",
+        ),
+        (
+            {"algorithm": "sft", "train.train_mb_tokens": 1024},
+            "train.train_mb_tokens = 1024 is less than the shortest example with the longest prompt: "
+            "data.max_prompt_length 1024 + 1 token of response = 1025",
+        ),
+        (
+            {"cluster.num_nodes": 2, GPUS: 6, ROLLOUT_TP: 4},  # 12 ranks make 3 engines, the second over both nodes
+            f"{GPUS} 6 and {ROLLOUT_TP} 4 do not divide one another: an engine would have part of a node "
+            "(6 % 4 = 2, 4 % 6 = 4)",
+        ),
         (
             {"rollout.max_model_len": 2000},
             "rollout.max_model_len = 2000 is less than the longest sequence: "
@@ -237,7 +279,7 @@ BATCH, GROUP = "train.train_global_batch_size", "rollout.num_generations_per_pro
         ),
         (
             {"model.recompute_granularity": "selective", "model.recompute_modules": "[moe]"},
-            "['moe'] are not among core_attn, layernorm, mlp",
+            "['moe'] are not among core_attn, mlp",
         ),
         ({"model.recompute_method": "block"}, "goes with full recompute"),
         ({FIRST: 3}, "needs more than one stage"),
@@ -283,6 +325,11 @@ def test_more_tensor_parallel_ranks_than_key_value_heads_fit(recipe: Callable[..
     load([str(recipe(num_attention_heads=16, hidden_size=64)), *overrides({GPUS: 4, TP: 4, ROLLOUT_TP: 4})])
 
 
+@pytest.mark.parametrize("tp", [2, 4, 8, 16])
+def test_engines_within_nodes_or_over_whole_ones(recipe: Callable[..., Path], tp: int) -> None:
+    load([str(recipe()), *overrides({"cluster.num_nodes": 4, GPUS: 8, ROLLOUT_TP: tp})], check_model=False)
+
+
 def test_sft_needs_no_rollout_sizes(recipe: Callable[..., Path]) -> None:
     unused = ["rollout.max_response_length=100000", "rollout.tensor_parallel_size=5", "reward.functions=[]"]
     load([str(recipe("algorithm: sft")), *unused])
@@ -325,3 +372,44 @@ def test_cuda_that_is_not_there(recipe: Callable[..., Path]) -> None:
     assert problems(recipe(), "cluster.device=cuda") == [
         "cluster.device = cuda, but torch finds no CUDA device (`megarl doctor` says more)"
     ]
+
+
+def test_every_rank_has_a_gpu_of_its_own(recipe: Callable[..., Path]) -> None:
+    def said(*settings: str, found: int) -> list[str]:
+        return [problem.text for problem in check_gpus(load([str(recipe()), *settings], check_model=False), found)]
+
+    few = (
+        f"{GPUS} = 4 ranks need a GPU each, but torch finds 2 on this machine: take fewer ranks, or cluster.device=cpu"
+    )
+    assert said(f"{GPUS}=4", found=2) == said(f"{GPUS}=4", "cluster.device=cuda", found=2) == [few]
+    assert said(f"{GPUS}=4", "cluster.device=cpu", found=2) == []
+    assert said(f"{GPUS}=4", found=0) == []  # auto without a GPU is a CPU run
+    assert said(f"{GPUS}=2", found=2) == []
+
+
+# ---- megatron's own settings ----
+
+
+def test_overrides_name_what_megatron_has_and_megarl_leaves_to_them(recipe: Callable[..., Path]) -> None:
+    settings = {"hiden_dropout": 0.1, "tensor_model_parallel_size": 2, "bf16": True, "calculate_per_token_loss": False}
+    given = [f"model.model_overrides.{name}={value}" for name, value in settings.items()]
+    assert problems(recipe(), *given) == [
+        f"model.model_overrides.tensor_model_parallel_size cannot be overridden: set {TP}",
+        "model.model_overrides.bf16 cannot be overridden: set model.dtype",
+        "model.model_overrides.calculate_per_token_loss cannot be overridden: megarl's engine depends on its own value",
+        "model.model_overrides.hiden_dropout: megatron-core's TransformerConfig has no such field; "
+        "did you mean hidden_dropout?",
+    ]
+    load([str(recipe()), "model.model_overrides.hidden_dropout=0.1", "model.model_overrides.qk_clip_alpha=0.3"])
+
+
+def test_parsed_fields_are_those_of_the_class() -> None:
+    """The names that are read from megatron's source, against the dataclass itself, in a process of its own."""
+    code = (
+        "import dataclasses; from megatron.core.transformer.transformer_config import TransformerConfig as C; "
+        "print(*sorted(f.name for f in dataclasses.fields(C)))"
+    )
+    printed = subprocess.check_output([sys.executable, "-W", "ignore", "-c", code], text=True, timeout=120)
+    parsed = set(transformer_config_fields())
+    assert parsed == set(printed.splitlines()[-1].split())
+    assert OWNED_OVERRIDES.keys() <= parsed

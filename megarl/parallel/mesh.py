@@ -18,7 +18,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from megarl.config import Config
+from megarl.config import Config, launched_world_size
 from megarl.parallel import cpu
 
 
@@ -96,8 +96,8 @@ def build_mesh(cfg: Config) -> Mesh:
     wanted = cfg.cluster.num_nodes * cfg.cluster.gpus_per_node
     if int(os.environ["WORLD_SIZE"]) != wanted:
         raise ValueError(
-            f"{os.environ['WORLD_SIZE']} ranks were started, but cluster.num_nodes {cfg.cluster.num_nodes} x "
-            f"cluster.gpus_per_node {cfg.cluster.gpus_per_node} = {wanted}: start as many, or change the recipe"
+            f"this process is one of {os.environ['WORLD_SIZE']}, but cluster.num_nodes {cfg.cluster.num_nodes} x "
+            f"cluster.gpus_per_node {cfg.cluster.gpus_per_node} = {wanted} ranks: start as many, or change the recipe"
         )
     device = pick_device(cfg.cluster.device)
     if device.type == "cuda":
@@ -148,12 +148,13 @@ def _identify() -> None:
     env = os.environ
     if "RANK" in env:
         return
-    if int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+    ranks = launched_world_size()
+    if ranks is not None:
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in env]
         if missing:
             names = " and ".join(missing)
-            raise ValueError(f"srun started {env['SLURM_NTASKS']} ranks; set {names} for them, or use torchrun")
-        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=env["SLURM_NTASKS"], LOCAL_RANK=env["SLURM_LOCALID"])
+            raise ValueError(f"srun started {ranks} ranks; set {names} for them, or use torchrun")
+        env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=str(ranks), LOCAL_RANK=env["SLURM_LOCALID"])
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

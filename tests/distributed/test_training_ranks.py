@@ -29,7 +29,13 @@ loss: {{kl_loss_coef: 0.01, truncated_importance_sampling_type: tis}}
 validation: {{max_val_samples: 8}}
 weight_sync: {{bucket_size_mb: 1, max_gen_kl_error: 1.0e-9}}
 """
-SFT = ["algorithm=sft", "data.val_path=null", "optimizer.lr=1.0e-2", "run.max_num_steps=4"]
+SFT = [
+    "algorithm=sft",
+    "data.val_path=null",
+    "validation.max_val_samples=null",
+    "optimizer.lr=1.0e-2",
+    "run.max_num_steps=4",
+]
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from gate import Gate
 from workload import PROMPTS, SAMPLES
@@ -29,10 +30,10 @@ class PausingRun(Run):
     between: Between
     started: float
 
-    def report(self, step: int, total_steps: int, metrics: dict[str, float], lengths: Sequence[int] = ()) -> None:
-        metrics = metrics | self.phases.pop()
-        super().report(step, total_steps, metrics, lengths)
-        self.between(step, time.perf_counter() - self.started, metrics)
+    def report(self, step: int, total_steps: int, metrics: Mapping[str, float], *args: Any, **kwargs: Any) -> None:
+        values = {**metrics, **self.phases.pop()}
+        super().report(step, total_steps, values, *args, **kwargs)
+        self.between(step, time.perf_counter() - self.started, values)
         self.started = time.perf_counter()
 
 
