@@ -33,12 +33,12 @@ def test_a_worked_answer_by_hand(problems):
     assert problems.worked(102, 205) == "u2+5+0=07t0+0+0=00h1+2+0=03#307"
 
 
-def test_answers_are_right_and_styles_half_and_half(rows):
+def test_answers_are_right_and_both_styles_are_there(problems, rows):
     for row in rows["sft"]:
         a, b = row["prompt"].rstrip("=").split("+")
         assert row["response"].rpartition("#")[2] == str(int(a) + int(b))
     share = sum(row["response"].startswith("u") for row in rows["sft"]) / len(rows["sft"])
-    assert abs(share - 0.5) < 0.02
+    assert abs(share - problems.WORKED_SHARE) < 0.02
     for row in rows["train"] + rows["held_out"]:
         assert str(sum(map(int, row["prompt"].rstrip("=").split("+")))) == row["answer"]
 

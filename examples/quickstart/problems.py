@@ -4,7 +4,7 @@
 
 writes sft.jsonl, train.jsonl and held_out.jsonl. No held-out sum occurs in the other two.
 
-SFT shows two ways to answer, half and half. A guess says the sum at once: ``#1552``. A worked answer adds units, tens
+SFT shows two ways to answer. A guess says the sum at once: ``#1552``. A worked answer adds units, tens
 and hundreds with their carries first: ``u4+8+0=12t6+8+1=15h6+8+1=15#1552``. A model of this size cannot learn to guess
 three-digit sums, and soon learns to work them out; which of the two ways pays is what GRPO has to find out.
 """
@@ -17,6 +17,7 @@ import random
 from pathlib import Path
 
 SFT_ROWS = 20_000
+WORKED_SHARE = 0.42
 TRAIN_ROWS = 4_000
 HELD_OUT_ROWS = 256
 Sum = tuple[int, int]
@@ -61,8 +62,10 @@ def make(seed: int) -> dict[str, list[dict[str, str]]]:
     def graded(sums: list[Sum]) -> list[dict[str, str]]:
         return [{"prompt": prompt(a, b), "answer": str(a + b)} for a, b in sums]
 
-    styles = (worked, guess)
-    sft = [{"prompt": prompt(a, b), "response": generator.choice(styles)(a, b)} for a, b in others(SFT_ROWS)]
+    def answer(a: int, b: int) -> str:
+        return worked(a, b) if generator.random() < WORKED_SHARE else guess(a, b)
+
+    sft = [{"prompt": prompt(a, b), "response": answer(a, b)} for a, b in others(SFT_ROWS)]
     return {"sft": sft, "train": graded(others(TRAIN_ROWS)), "held_out": graded(list(held_out))}
 
 
