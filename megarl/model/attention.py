@@ -25,7 +25,7 @@ class PackedLayout(PackedSeqParams):
 
     Sequences of similar length form a rectangle ``[n, m]`` of token indices (short ones repeat their last token), so
     that a handful of causal attention calls serves hundreds of sequences and at most half of a rectangle is padding.
-    ``restore [T]`` finds every token in the rectangles laid end to end.
+    ``restore [T]`` finds every token in the rectangles laid end to end; None where one rectangle is the pack as it is.
     """
 
     rectangles: list[Tensor] = field(default_factory=list)
@@ -55,7 +55,7 @@ def packed_layout(cu_seqlens: list[int], device: torch.device, *, transformer_en
     )
 
 
-def _rectangles(cu_seqlens: list[int], lengths: list[int], device: torch.device) -> tuple[list[Tensor], Tensor]:
+def _rectangles(cu_seqlens: list[int], lengths: list[int], device: torch.device) -> tuple[list[Tensor], Tensor | None]:
     by_size: dict[int, list[int]] = {}
     for i, length in enumerate(lengths):
         by_size.setdefault(max(length, 1).bit_length(), []).append(i)
@@ -69,6 +69,8 @@ def _rectangles(cu_seqlens: list[int], lengths: list[int], device: torch.device)
         slots[index[real]] = before + torch.arange(index.numel()).view_as(index)[real]
         before += index.numel()
         rectangles.append(index.to(device))
+    if len(rectangles) == 1 and rectangles[0].numel() == cu_seqlens[-1]:
+        return rectangles, None
     return rectangles, slots.to(device)
 
 
@@ -95,15 +97,17 @@ class PackedAttention(MegatronModule):
     ) -> Tensor:
         """query [T, h, d], key and value [T, g, d] -> [T, h * d]."""
         assert packed_seq_params is not None, "PackedAttention takes packed sequences only"
-        repeat = query.shape[1] // key.shape[1]
-        if repeat > 1:
-            key, value = key.repeat_interleave(repeat, dim=1), value.repeat_interleave(repeat, dim=1)
-        out = [self._attend(query[r], key[r], value[r]) for r in packed_seq_params.rectangles]
-        flat = out[0] if len(out) == 1 else torch.cat(out)
-        return flat[packed_seq_params.restore]
+        if packed_seq_params.restore is None:
+            (shape,) = (rectangle.shape for rectangle in packed_seq_params.rectangles)
+            return self._attend(*(x.unflatten(0, shape) for x in (query, key, value)))
+        out = [
+            self._attend(*(_rows(x, rectangle) for x in (query, key, value)))
+            for rectangle in packed_seq_params.rectangles
+        ]
+        return torch.cat(out).index_select(0, packed_seq_params.restore)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[n, m, h, d] each -> [n * m, h * d]. Padding comes after every real token, so the causal mask hides it."""
+        """[n, m, h or g, d] -> [n * m, h * d]. Padding comes after every real token, so the causal mask hides it."""
         n, m, h, d = q.shape
         window = self.config.window_size
         mask = None
@@ -111,8 +115,15 @@ class PackedAttention(MegatronModule):
             distance = torch.arange(m, device=q.device)[:, None] - torch.arange(m, device=q.device)
             mask = (distance >= 0) & (distance <= window[0])
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=True
+        )
         return out.transpose(1, 2).reshape(n * m, h * d)
+
+
+def _rows(x: Tensor, rectangle: Tensor) -> Tensor:
+    """[T, ...] -> [n, m, ...]. By index_select: its backward is several times faster than that of x[rectangle]."""
+    return x.index_select(0, rectangle.flatten()).unflatten(0, rectangle.shape)
 
 
 class RMSNorm(torch.nn.Module):
