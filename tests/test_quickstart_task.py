@@ -73,5 +73,7 @@ def test_the_model_loads_with_its_tokenizer(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["make_model.py", str(tmp_path)])
     make_model.main()
     model = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert sum(p.numel() for p in model.parameters()) == 301_184
+    attention = 128 * (128 + 64 + 64) + (128 + 64 + 64) + 128 * 128  # q, k and v with their biases, then the output
+    layer = attention + 3 * 128 * 256 + 2 * 128
+    assert sum(p.numel() for p in model.parameters()) == 2 * layer + 128 + 2 * 19 * 128
     assert model.config.eos_token_id == AutoTokenizer.from_pretrained(tmp_path).eos_token_id

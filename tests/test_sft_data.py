@@ -66,12 +66,21 @@ def test_bad_and_overlong_records_are_named_or_counted(tmp_path: Path) -> None:
     assert "sft.jsonl:4: has no key 'response'; its keys are 'prompt' (data.response_key names it)" in message
     assert "sft.jsonl:5: 'response' holds a lone surrogate" in message
     long = good | {"prompt": "one two one two"}
-    examples = load_examples(
-        data(tmp_path, good, *bad, long, bad_records="drop", max_prompt_length=3), make_tokenizer()
-    )
+    config = data(tmp_path, good, *bad, long, bad_records="drop", max_prompt_length=3)
+    examples = load_examples(config, make_tokenizer(), max_tokens=64)
     assert len(examples) == 1 and examples.dropped == {"bad_record": 4, "overlong": 1}
+
+
+def test_an_example_that_fits_no_microbatch_is_named(tmp_path: Path) -> None:
+    """<bos> one 3 <eos> has 4 tokens."""
+    record = {"prompt": "one", "response": "3"}
+    assert len(load_examples(data(tmp_path, record), make_tokenizer(), max_tokens=4)) == 1
+    with pytest.raises(DataError, match=r"sft.jsonl:1: prompt and response have 4 tokens; .* allow 3"):
+        load_examples(data(tmp_path, record, overlong_prompts="refuse"), make_tokenizer(), max_tokens=3)
 
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no EOS token"):
-        load_examples(data(tmp_path, {"prompt": "one", "response": "3"}), make_tokenizer(unk_token="<unk>"))
+        load_examples(
+            data(tmp_path, {"prompt": "one", "response": "3"}), make_tokenizer(unk_token="<unk>"), max_tokens=64
+        )
