@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 CHARACTERS = "0123456789+=uth#"
 SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
+    disable_progress_bar()
     tokenizer = make_tokenizer()
     torch.manual_seed(args.seed)
     Qwen2ForCausalLM(make_config(tokenizer)).save_pretrained(args.folder)

@@ -70,7 +70,9 @@ def show_answers(model_path: Path, problems: Path, count: int = 3) -> None:
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     for line in problems.read_text().splitlines()[:count]:

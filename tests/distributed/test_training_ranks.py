@@ -49,8 +49,8 @@ def recipe(tiny_chat_model, tmp_path_factory):
     return path
 
 
-def run(ranks, recipe, name, overrides):
-    outcomes = ranks.run(train_cases.train, 2, recipe=str(recipe), overrides=[f"run.name={name}", *overrides])
+def run(ranks, recipe, name, overrides, world=2):
+    outcomes = ranks.run(train_cases.train, world, recipe=str(recipe), overrides=[f"run.name={name}", *overrides])
     folder = recipe.parent / "runs" / name
     return outcomes, read_metrics(folder), folder
 
@@ -86,6 +86,14 @@ def test_grpo_is_the_same_step_on_every_layout(ranks, recipe):
             assert first[name][key] == pytest.approx(first["DP2"][key], rel=1e-4, abs=1e-7), (name, key)
 
 
+def test_two_engines_of_two_ranks_and_several_updates_per_rollout(ranks, recipe):
+    """32 samples are two updates of 16, twice over: the ratio to the old policy leaves 1, and its KL 0."""
+    layout = ["cluster.gpus_per_node=4", *LAYOUTS["TP2"], "rollout.tensor_parallel_size=2", "train.ppo_epochs=2"]
+    outcomes, records, _ = run(ranks, recipe, "four", [*layout, "run.max_num_steps=1"], world=4)
+    assert outcomes == ["done"] * 4
+    assert records[-1]["gen_kl_error"] < 1e-9 and records[-1]["actor/ppo_kl"] != 0
+
+
 def test_what_a_run_leaves_behind(ranks, recipe):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -109,6 +117,10 @@ def test_what_a_run_leaves_behind(ranks, recipe):
     start = AutoModelForCausalLM.from_pretrained(load([str(folder / "config.yaml")]).model.path, dtype=torch.float32)
     pairs = zip(exported.parameters(), start.parameters(), strict=True)
     assert any(not torch.equal(a, b) for a, b in pairs)
+    # vLLM loads it as well, and computes what megatron does: another run starts from it.
+    again = [*layout, f"model.path={folder / 'hf' / 'final'}", "run.max_num_steps=1", "validation.val_at_start=false"]
+    outcomes, records, _ = run(ranks, recipe, "again", again)
+    assert outcomes == ["done", "done"] and records[-1]["gen_kl_error"] < 1e-9
 
 
 def test_groups_with_a_broken_reward_are_dropped_and_the_rest_trains(ranks, recipe):
