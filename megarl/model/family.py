@@ -6,6 +6,8 @@ This module needs neither torch nor megatron: configs are checked, and conversio
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,11 +22,47 @@ class Rope:
     """Rotary embedding of a model, as its config.json has it (transformers' ``rope_parameters``)."""
 
     theta: float
-    type: str = "default"  # default | linear | llama3
+    type: str = "default"  # default | linear | llama3 | yarn
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    # YaRN only (2309.00071)
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class MoE:
+    """Mixture of experts, in megatron's names (``moe_*`` and ``num_moe_experts`` of its TransformerConfig)."""
+
+    num_experts: int
+    ffn_hidden_size: int
+    topk: int
+    layers: tuple[bool, ...]  # for each decoder layer, whether it has experts
+    router_pre_softmax: bool = False  # probabilities over all experts, and of these the chosen ones', not renormalised
+    router_score_function: str = "softmax"  # softmax | sigmoid
+    router_num_groups: int | None = None
+    router_group_topk: int | None = None
+    router_topk_scaling_factor: float | None = None
+    router_expert_bias: bool = False
+    router_bias: bool = False  # a bias of the router's linear layer (gpt-oss)
+    shared_ffn_hidden_size: int = 0
+
+
+@dataclass(frozen=True)
+class MLA:
+    """Multi-head latent attention (2405.04434), in megatron's names (its MLATransformerConfig)."""
+
+    q_lora_rank: int | None
+    kv_lora_rank: int
+    qk_head_dim: int  # of a head's query and key, the part without rotary embedding
+    qk_pos_emb_head_dim: int
+    v_head_dim: int
 
 
 @dataclass(frozen=True)
@@ -46,11 +84,76 @@ class ModelSpec:
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
     sliding_window: int | None = None  # keys a query sees, itself included
+    full_attention_period: int | None = None  # every so-manieth layer sees all keys in spite of the sliding window
+    moe: MoE | None = None
+    mla: MLA | None = None
+    mtp_num_layers: int = 0  # multi-token-prediction layers that are part of this model
+    mtp_in_checkpoint: int = 0  # ... that its HF checkpoint has
+    attention_sinks: bool = False  # a learnt logit in every head's softmax that attends to nothing
+    linear_bias: bool = False  # a bias on every linear layer: attention output, router and experts
+    activation: str = "silu"  # silu | gpt_oss (clamped quick-gelu with a shifted linear part)
+    not_computed: tuple[str, ...] = ()  # what of the config no megatron model here computes: converts, cannot train
 
     def tensors(self) -> list[CanonTensor]:
         """Every weight, static, in streaming order."""
-        rules = [r for r in self.family.weights if not (self.tied and r.mcore == OUTPUT_LAYER)]
-        return compile_rules(tuple(rules), self)
+        return compile_rules(self.family.weights, self)
+
+    def without_mtp(self) -> ModelSpec:
+        """The same model without its multi-token-prediction layers."""
+        return dataclasses.replace(self, mtp_num_layers=0)
+
+    def passes_over(self, hf_name: str) -> bool:
+        """Whether a tensor of the HF checkpoint is no part of the model: a computed table, or a dropped MTP layer's."""
+        if hf_name.endswith(self.family.ignored_hf or ("\0",)):
+            return True
+        dropped = range(self.num_layers + self.mtp_num_layers, self.num_layers + self.mtp_in_checkpoint)
+        return hf_name.startswith(tuple(f"model.layers.{i}." for i in dropped) or ("\0",))
+
+    def duplicates(self) -> dict[str, str]:
+        """HF tensors that repeat another one: {name: name of the one it equals}."""
+        layers = range(self.num_layers, self.num_layers + self.mtp_num_layers)
+        return {copy.format(i=i): of for copy, of in self.family.duplicates for i in layers}
+
+    def is_moe(self, i: int) -> bool:
+        """Whether decoder layer ``i`` has experts."""
+        return self.moe is not None and self.moe.layers[i]
+
+    def has(self, name: str) -> bool:
+        """What the ``when`` of a rule asks for."""
+        match name:
+            case "head":
+                return not self.tied
+            case "q_lora":
+                return self.mla is not None and self.mla.q_lora_rank is not None
+            case "no_q_lora":
+                return self.mla is not None and self.mla.q_lora_rank is None
+            case "shared_experts":
+                return self.moe is not None and self.moe.shared_ffn_hidden_size > 0
+            case "expert_bias":
+                return self.moe is not None and self.moe.router_expert_bias
+        raise ValueError(f"no model part is called {name!r}")
+
+    def size(self, name: str) -> int:
+        """A dimension that a rule names. Raises KeyError for one that this model has not."""
+        return self._sizes[name]
+
+    @functools.cached_property
+    def _sizes(self) -> dict[str, int]:
+        heads, hidden = self.num_attention_heads, self.hidden_size
+        names = ("ffn_hidden_size", "kv_channels", "num_attention_heads", "num_query_groups", "vocab_size")
+        sizes = {name: getattr(self, name) for name in names}
+        sizes |= {"hidden_size": hidden, "query_size": heads * self.kv_channels, "two_hidden_size": 2 * hidden}
+        if self.moe:
+            sizes |= {"num_experts": self.moe.num_experts, "moe_ffn_hidden_size": self.moe.ffn_hidden_size}
+            sizes["shared_ffn_hidden_size"] = self.moe.shared_ffn_hidden_size
+        if self.mla:
+            mla = self.mla
+            sizes |= {"q_lora_rank": mla.q_lora_rank or 0, "kv_lora_rank": mla.kv_lora_rank}
+            sizes["mla_query_size"] = heads * (mla.qk_head_dim + mla.qk_pos_emb_head_dim)
+            sizes["mla_kv_down_size"] = mla.kv_lora_rank + mla.qk_pos_emb_head_dim
+            sizes["mla_kv_up_size"] = heads * (mla.qk_head_dim + mla.v_head_dim)
+            sizes["mla_value_size"] = heads * mla.v_head_dim
+        return sizes
 
 
 OUTPUT_LAYER = "output_layer.weight"
@@ -66,6 +169,7 @@ class Family:
     config: Callable[[dict[str, Any]], dict[str, Any]]  # config.json -> fields of ModelSpec
     weights: tuple[Rule, ...]
     ignored_hf: tuple[str, ...] = ()  # endings of HF names that hold no weight
+    duplicates: tuple[tuple[str, str], ...] = ()  # (HF name with {i} in an MTP layer, HF name that it repeats)
 
 
 class UnsupportedModel(ValueError):
@@ -73,9 +177,10 @@ class UnsupportedModel(ValueError):
 
 
 def families() -> tuple[Family, ...]:
-    from megarl.model.families import llama, mistral, qwen2, qwen3
+    from megarl.model.families import deepseek, gpt_oss, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
 
-    return (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
+    modules = (llama, mistral, qwen2, qwen3, qwen3_moe, mixtral, deepseek, gpt_oss)
+    return tuple(module.FAMILY for module in modules)
 
 
 def supported_architectures() -> list[str]:
@@ -142,9 +247,14 @@ def read_rope(hf: dict[str, Any]) -> Rope:
         raise UnsupportedModel("partial_rotary_factor: rotary embedding of a part of the head is not computed")
     if kind == "default":
         return Rope(theta)
+    if kind == "yarn":
+        names = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate")
+        said = {name: scaling[name] for name in names if scaling.get(name) is not None}
+        original = scaling.get("original_max_position_embeddings") or hf["max_position_embeddings"]
+        return Rope(theta, kind, float(scaling["factor"]), original_max_position_embeddings=int(original), **said)
     if kind == "linear":
         return Rope(theta, kind, float(scaling["factor"]))
     if kind == "llama3":
         low, high = float(scaling["low_freq_factor"]), float(scaling["high_freq_factor"])
         return Rope(theta, kind, float(scaling["factor"]), low, high, int(scaling["original_max_position_embeddings"]))
-    raise UnsupportedModel(f"rope type {kind!r}: only default, linear and llama3 are computed")
+    raise UnsupportedModel(f"rope type {kind!r}: only default, linear, llama3 and yarn are computed")

@@ -28,7 +28,7 @@ def check_names(spec: ModelSpec, checkpoint: HFCheckpoint) -> None:
     wanted: dict[str, tuple[int, ...]] = {}
     for tensor in spec.tensors():
         wanted |= tensor.hf_shapes()
-    present = {name for name in checkpoint.names() if not name.endswith(spec.family.ignored_hf or ("\0",))}
+    present = {name for name in checkpoint.names() if not spec.passes_over(name)}
     if spec.tied:
         present.discard("lm_head.weight")  # some exporters write the tied copy too
     problems = [f"missing: {name}" for name in sorted(wanted.keys() - present)]
@@ -51,7 +51,7 @@ def load_hf(model: torch.nn.Module, spec: ModelSpec, mesh: Mesh, checkpoint: HFC
     check_names(spec, checkpoint)
     canon = {tensor.name: tensor for tensor in spec.tensors()}
     read = 0
-    for name, parameter in canonical_parameters(model, spec.tied):
+    for name, parameter in canonical_parameters(model, spec):
         if name not in canon:
             raise CheckpointError(
                 f"no rule of family {spec.family.name} fills parameter {name} {tuple(parameter.shape)}"
@@ -101,7 +101,7 @@ class WeightStream:
     ) -> None:
         """``value`` says what of a parameter is streamed: its weights, or, to compare layouts, its gradient."""
         self.mesh = mesh
-        self.parameters = dict(canonical_parameters(model, spec.tied))
+        self.parameters = dict(canonical_parameters(model, spec))
         self.value = value
         (self.dtype,) = {value(parameter).dtype for parameter in self.parameters.values()}  # buckets are of one dtype
         self.buckets = list(self._plan(spec, bucket_bytes))
