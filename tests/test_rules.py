@@ -30,6 +30,7 @@ MODELS: dict[str, dict] = {
     "mistral": {"architectures": ["MistralForCausalLM"]},
     "qwen2": {"architectures": ["Qwen2ForCausalLM"]},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
+    "seed_oss": {"architectures": ["SeedOssForCausalLM"], "head_dim": 16},
     "qwen3_moe": {"architectures": ["Qwen3MoeForCausalLM"], **SOME_MOE, "mlp_only_layers": [1]},
     "mixtral": {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2},
     "deepseek_v2": {"architectures": ["DeepseekV2ForCausalLM"], **LATENT, "q_lora_rank": None},

@@ -177,9 +177,9 @@ class UnsupportedModel(ValueError):
 
 
 def families() -> tuple[Family, ...]:
-    from megarl.model.families import deepseek, gpt_oss, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe
+    from megarl.model.families import deepseek, gpt_oss, llama, mistral, mixtral, qwen2, qwen3, qwen3_moe, seed_oss
 
-    modules = (llama, mistral, qwen2, qwen3, qwen3_moe, mixtral, deepseek, gpt_oss)
+    modules = (llama, mistral, qwen2, qwen3, seed_oss, qwen3_moe, mixtral, deepseek, gpt_oss)
     return tuple(module.FAMILY for module in modules)
 
 

@@ -13,6 +13,7 @@ FAMILIES = {
     "mistral": {"sliding_window": 8},
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 32},
+    "seed_oss": {"head_dim": 32},
 }
 ROPE = {"rope_theta": 1e4, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LAYOUTS = {

@@ -16,13 +16,15 @@ def full_attention(hf: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
+WEIGHTS = insert_after(
+    DENSE_WEIGHTS,
+    _LINEAR_QKV + "weight",
+    QKV(_LINEAR_QKV + "bias", "model.layers.{i}.self_attn.{qkv}_proj.bias", bias=True),
+)
+
 FAMILY = Family(
     name="qwen2",
     hf_architectures=("Qwen2ForCausalLM",),
     config=lambda hf: dense_decoder(hf) | full_attention(hf) | {"add_qkv_bias": True},
-    weights=insert_after(
-        DENSE_WEIGHTS,
-        _LINEAR_QKV + "weight",
-        QKV(_LINEAR_QKV + "bias", "model.layers.{i}.self_attn.{qkv}_proj.bias", bias=True),
-    ),
+    weights=WEIGHTS,
 )
