@@ -78,14 +78,6 @@ def test_without_old_logps_the_gradient_is_that_of_reinforce():
     assert values == [-2.0] and grads == [-2.0]
 
 
-def test_truncated_importance_sampling_weighs_and_caps():
-    cfg = LossConfig(truncated_importance_sampling_type="tis", truncated_importance_sampling_ratio=2.0)
-    batch = batch_of(3, advantages=[1.0] * 3, old_logps=[0.0] * 3, rollout_logps=[0.0, LOG2, -5.0])
-    values, grads, metrics = value_and_gradient(ppo_clip, [0.0] * 3, batch, cfg)
-    assert metrics["tis_weight"].tolist() == pytest.approx([1.0, 0.5, 2.0])
-    assert values == pytest.approx([-1.0, -0.5, -2.0]) and grads == pytest.approx([-1.0, -0.5, -2.0])
-
-
 @pytest.mark.parametrize(
     "kl_type, value, gradient",
     [("k1", LOG2, 1.0), ("k2", LOG2**2 / 2, LOG2), ("k3", 0.5 - 1 + LOG2, 1 - 0.5)],
