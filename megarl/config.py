@@ -74,6 +74,10 @@ class ParallelConfig:
     """Stages that the layers are divided into."""
     sequence_parallel: bool = False
     """Divide activations outside the matrices over the tensor-parallel ranks too."""
+    expert_model_parallel_size: int = 1
+    """Ranks that share the experts of each layer, each holding some of them whole."""
+    expert_tensor_parallel_size: int | None = None
+    """Ranks that share each expert's matrices; null means `tensor_model_parallel_size`."""
     num_layers_in_first_pipeline_stage: int | None = None
     """Layers of the first stage, which also holds the embedding; null divides evenly."""
     num_layers_in_last_pipeline_stage: int | None = None
@@ -139,9 +143,43 @@ class DataConfig:
     answer_key: str = "answer"
     """Field of a record that holds the answer which rewards compare with."""
     response_key: str = "response"
-    """Field of a record that holds the response which SFT learns."""
+    """Field of a record that holds the response which SFT learns, or that has a label; else `completion` is read."""
+    reasoning_key: str | None = None
+    """Field of a record that holds the reasoning before its response; SFT puts it between think tags."""
+    messages_key: str = "messages"
+    """Field that holds a conversation, for a record without a prompt or response; else `conversations` is read."""
+    chosen_key: str = "chosen"
+    """Field of a pair that holds the better response: text, a message, or the whole conversation."""
+    rejected_key: str = "rejected"
+    """Field of a pair that holds the worse response."""
+    chosen_score_key: str = "chosen_score"
+    """Field of a pair that holds the chosen response's score; read if it is there."""
+    rejected_score_key: str = "rejected_score"
+    """Field of a pair that holds the rejected response's score; read if it is there."""
+    responses_key: str = "responses"
+    """Field that holds several responses to rank: texts, or objects with a score each."""
+    scores_key: str = "scores"
+    """Field that holds the scores of those responses, as many and in the same order."""
+    label_key: str = "label"
+    """Field of an unpaired example that says whether its response is desirable: true or false, 1 or 0."""
+    reference_prompt_key: str | None = None
+    """Field of a pair that holds the prompt which the reference model reads in place of the prompt, for LongPO."""
+    ranked_pairs: Literal["best_worst", "all"] = "best_worst"
+    """Pairs made of ranked responses: the best with the worst, or every two with different scores."""
+    train_on_turns: Literal["all", "last"] = "all"
+    """Which of the assistant's turns of a conversation SFT learns."""
+    pass_rate_key: str | None = None
+    """Field of a record that holds the share of attempts that solved it, in [0, 1]."""
+    pass_rates: str | None = None
+    """Measured pass rates: a .jsonl, .json or .parquet file of id (`train.jsonl:17`) and pass_rate."""
+    min_pass_rate: float = 0.0
+    """Leave out prompts with a lower pass rate; 0.01 leaves out what was never solved."""
+    max_pass_rate: float = 1.0
+    """Leave out prompts with a higher pass rate; 0.99 leaves out what was always solved."""
+    order: Literal["file", "easiest_first", "hardest_first"] = "file"
+    """Order of prompts without `shuffle`: as read, or by pass rate."""
     adapter: str | None = None
-    """Reader for a data set with fields of its own, such as gsm8k; null uses the three keys above."""
+    """Reader for a data set with fields of its own, such as gsm8k; null uses the keys above."""
     system_prompt: str | None = None
     """System message put before every prompt."""
     apply_chat_template: bool = True
@@ -197,7 +235,7 @@ class RolloutConfig:
 @dataclass(frozen=True)
 class RewardFunction:
     name: str = MISSING
-    """math, exact, format, or a function of your own as package.module:function."""
+    """math, exact, format, countdown, or a function of your own as package.module:function."""
     weight: float = 1.0
     """Factor of this reward in the sum."""
     args: dict[str, Any] = field(default_factory=dict)
@@ -228,12 +266,18 @@ class AdvantageConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
+    policy_loss: Literal["ppo_clip", "gspo", "sequence_clip", "cispo", "reinforce"] = "ppo_clip"
+    """Which function of megarl/losses/policy.py the advantages go into."""
     clip_ratio_low: float = 0.2
     """How far below 1 the probability ratio counts."""
     clip_ratio_high: float = 0.2
     """How far above 1 the probability ratio counts."""
     clip_ratio_c: float | None = None
-    """Dual clip: bound of the ratio for negative advantages, above 1; null is off."""
+    """Dual clip: bound of the ratio for negative advantages, above 1; null is off. Of ppo_clip only."""
+    cispo_clip_low: bool = False
+    """Clip the weights of cispo from below too, at 1 - `clip_ratio_low`, as other systems do; its paper does not."""
+    value_clip: float | None = 0.2
+    """How far a critic's value counts that left the value before the updates; null does not clip."""
     loss_agg_mode: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = (
         "token-mean"
     )
@@ -242,12 +286,63 @@ class LossConfig:
     """Weight of the KL divergence from the reference model in the loss; 0 keeps no reference model."""
     kl_type: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of that KL divergence (http://joschu.net/blog/kl-approx.html)."""
+    kl_gradient: Literal["estimator", "score_function", "importance"] = "estimator"
+    """Its gradient: of the estimate as it stands, or of the divergence, also weighed by policy / old policy."""
     entropy_coef: float = 0.0
     """Weight of the entropy bonus; 0 leaves it out."""
-    truncated_importance_sampling_type: Literal["none", "tis"] = "none"
-    """Weigh tokens by policy / rollout probability, cut at the ratio below, where the two engines disagree."""
+    use_rollout_logps: bool = False
+    """Take what vLLM sampled with as the old policy, so that the ratio corrects for the two engines by itself."""
+    truncated_importance_sampling_type: Literal["none", "tis", "seq-tis", "icepop", "seq-mask-tis"] = "none"
+    """Weigh tokens or whole sequences by policy / rollout probability, cut or masked where the two engines disagree."""
     truncated_importance_sampling_ratio: float = 2.0
-    """Largest such weight."""
+    """Largest such weight; icepop and seq-mask-tis leave out what is beyond."""
+    truncated_importance_sampling_ratio_min: float = 0.5
+    """Smallest such weight that icepop and seq-mask-tis keep."""
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    loss: Literal[
+        "dpo",
+        "robust",
+        "ipo",
+        "hinge",
+        "dpop",
+        "rpo_bwd_kl",
+        "rpo_fwd_kl",
+        "rpo_sq",
+        "simpo",
+        "orpo",
+        "bco_pair",
+        "longpo",
+        "kto",
+        "bco",
+    ] = "dpo"
+    """Which loss: kto and bco of single responses, the others of pairs."""
+    beta: float = 0.1
+    """Factor of the log-probability ratios: tau of ipo, lambda of orpo."""
+    label_smoothing: float = 0.0
+    """Share of labels taken to be wrong: of dpo, which becomes conservative DPO, and of robust, which needs it."""
+    average_log_probs: bool = False
+    """Mean over a response's tokens instead of the sum; simpo and orpo always take the mean."""
+    dpop_lambda: float = 50.0
+    """Factor of dpop's penalty on a chosen response that became less likely."""
+    rpo_eta: float = 1.0
+    """Factor of the rewards' gap that the rpo losses aim at."""
+    simpo_gamma: float = 0.5
+    """Margin of simpo: gamma itself, where its authors' files have gamma / beta."""
+    longpo_lambda: float = 0.01
+    """Weight of longpo's preference term, against 1 for the likelihood of the long sequence."""
+    sft_loss_coef: float = 0.0
+    """Weight of the chosen response's mean negative log-likelihood beside the loss."""
+    kto_desirable_weight: float = 1.0
+    """Weight of kto's desirable examples."""
+    kto_undesirable_weight: float = 1.0
+    """Weight of kto's undesirable examples."""
+    bco_shift: Literal["classes", "examples", "none"] = "classes"
+    """What rewards are compared with in bco, bco_pair: half the classes' means added, the mean of all, or nothing."""
+    center_rewards_coef: float = 0.0
+    """Reward models: weight of the square of both rewards added, which holds their mean at 0."""
 
 
 @dataclass(frozen=True)
@@ -273,7 +368,9 @@ class ValidationConfig:
 @dataclass(frozen=True)
 class WeightSyncConfig:
     bucket_size_mb: int = 256
-    """Weights travel from the policy to vLLM in buckets of this size."""
+    """Weights travel from the policy to vLLM in exchanges for which no rank needs larger buffers."""
+    verify: bool = False
+    """Send weights twice, and stop if what vLLM computes with is not the same, bit for bit, after both."""
     max_gen_kl_error: float | None = None
     """Largest `gen_kl_error` (KL between what vLLM sampled with and what the policy computes) before it is an error."""
     max_token_mult_prob_error: float | None = None
@@ -315,7 +412,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     """Batch sizes."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Prompts, and responses for SFT."""
+    """Prompts, responses, preferences, and which of them to take."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """Sampling and the vLLM engines."""
     reward: RewardConfig = field(default_factory=RewardConfig)
@@ -324,6 +421,8 @@ class Config:
     """From rewards to advantages."""
     loss: LossConfig = field(default_factory=LossConfig)
     """The policy loss."""
+    preference: PreferenceConfig = field(default_factory=PreferenceConfig)
+    """The loss of preference data."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     """When and how held-out accuracy is measured."""
     weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)

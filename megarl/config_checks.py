@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 WORLD = ("cluster.num_nodes", "cluster.gpus_per_node")
 TP = "parallel.tensor_model_parallel_size"
 PP = "parallel.pipeline_model_parallel_size"
+EP = "parallel.expert_model_parallel_size"
+ETP = "parallel.expert_tensor_parallel_size"
 FIRST = "parallel.num_layers_in_first_pipeline_stage"
 LAST = "parallel.num_layers_in_last_pipeline_stage"
 ROLLOUT_TP = "rollout.tensor_parallel_size"
@@ -73,7 +75,9 @@ def _layout(cfg: "Config") -> Problems:
     if rest := _remainder(world, tp * pp):
         text = f"{world} ranks cannot be divided by {TP} {tp} x {PP} {pp} = {tp * pp}: {world} % {tp * pp} = {rest}"
         yield Problem(text, (*WORLD, TP, PP))
-    elif batch < (replicas := world // max(1, tp * pp)):
+    else:
+        yield from _expert_layout(cfg)
+    if not rest and batch < (replicas := world // max(1, tp * pp)):
         yield Problem(
             f"train.train_global_batch_size = {batch} sequences are too few for {replicas} data-parallel ranks: "
             f"{world} ranks / ({TP} {tp} x {PP} {pp}) = {replicas}",
@@ -85,6 +89,23 @@ def _layout(cfg: "Config") -> Problems:
     for path, layers in ((FIRST, _first(cfg)), (LAST, _last(cfg))):
         if layers is not None and pp == 1:
             yield Problem(f"{path} = {layers} needs more than one stage, but {PP} = 1", (path, PP))
+
+
+def _expert_layout(cfg: "Config") -> Problems:
+    """Ranks over expert and pipeline parallelism. One model's experts and the rest of it are to be on the same ranks,
+    so that the ranks of the smaller share lie within those of the larger."""
+    world, tp, pp = _world(cfg), cfg.parallel.tensor_model_parallel_size, cfg.parallel.pipeline_model_parallel_size
+    ep, etp = cfg.parallel.expert_model_parallel_size, _etp(cfg)
+    fields = (*WORLD, TP, PP, EP, ETP)
+    if rest := _remainder(world, ep * etp * pp):
+        text = f"{world} ranks cannot be divided by {EP} {ep} x {ETP} {etp} x {PP} {pp} = {ep * etp * pp}"
+        yield Problem(f"{text}: {world} % {ep * etp * pp} = {rest}", fields)
+    elif _remainder(tp, ep * etp) and _remainder(ep * etp, tp):
+        yield Problem(
+            f"{TP} {tp} and {EP} {ep} x {ETP} {etp} = {ep * etp} do not divide one another: "
+            f"{tp} % {ep * etp} = {tp % (ep * etp)}, {ep * etp} % {tp} = {ep * etp % tp}",
+            fields,
+        )
 
 
 def _engines(cfg: "Config") -> Problems:
@@ -171,7 +192,15 @@ def check_model(cfg: "Config") -> Problems:
     except (ValueError, TypeError, AttributeError, ArithmeticError) as error:  # whatever odd JSON leads to
         yield Problem(f"model.path = {cfg.model.path!r}: {type(error).__name__}: {error}", ("model.path",))
         return
+    for reason in spec.untrainable():
+        yield Problem(f"model.path = {cfg.model.path!r} converts, but cannot be trained: {reason}", ("model.path",))
     yield from _model_tensors(cfg, spec)
+    yield from _model_experts(cfg, spec)
+    tp = cfg.parallel.tensor_model_parallel_size
+    if tp > 1 and not cfg.parallel.sequence_parallel and (spec.moe or spec.mla):
+        what = "experts" if spec.moe else "latent attention"
+        text = f"{TP} = {tp} of a model with {what}: megatron-core trains it with parallel.sequence_parallel only"
+        yield Problem(text, ("model.path", "parallel.sequence_parallel", TP))
     yield from _model_layers(cfg, spec)
     if cfg.algorithm == "grpo":
         yield from _model_positions(cfg, spec)
@@ -184,7 +213,7 @@ def _model_tensors(cfg: "Config", spec: "ModelSpec") -> Problems:
         sizes[ROLLOUT_TP] = cfg.rollout.tensor_parallel_size
     heads, kv_heads = spec.num_attention_heads, spec.num_query_groups
     for path, tp in sizes.items():
-        for what, size in (("attention heads", heads), ("MLP columns", spec.ffn_hidden_size)):
+        for what, size in (("attention heads", heads), *_mlps(spec)):
             if rest := _remainder(size, tp):
                 text = f"the model's {size} {what} cannot be divided by {path} {tp}: {size} % {tp} = {rest}"
                 yield Problem(text, ("model.path", path))
@@ -194,6 +223,34 @@ def _model_tensors(cfg: "Config", spec: "ModelSpec") -> Problems:
                 f"{kv_heads} % {tp} = {kv_heads % tp}, {tp} % {kv_heads} = {tp % kv_heads}",
                 ("model.path", path),
             )
+
+
+def _mlps(spec: "ModelSpec") -> list[tuple[str, int]]:
+    """The MLPs that tensor parallelism divides: those of layers without experts, and the experts' shared one."""
+    if spec.moe is None:
+        return [("MLP columns", spec.ffn_hidden_size)]
+    dense = [("MLP columns", spec.ffn_hidden_size)] if not all(spec.moe.layers) else []
+    return dense + [("shared expert's columns", size) for size in [spec.moe.shared_ffn_hidden_size] if size]
+
+
+def _model_experts(cfg: "Config", spec: "ModelSpec") -> Problems:
+    """Experts over expert-parallel ranks, and their matrices over expert-tensor-parallel ones."""
+    ep, etp = cfg.parallel.expert_model_parallel_size, _etp(cfg)
+    if spec.moe is None:
+        for path, size in ((EP, ep), (ETP, cfg.parallel.expert_tensor_parallel_size or 1)):
+            if size > 1:
+                yield Problem(f"{path} = {size}, but the model has no experts", ("model.path", path))
+        return
+    experts, columns = spec.moe.num_experts, spec.moe.ffn_hidden_size
+    if rest := _remainder(experts, ep):
+        text = f"the model's {experts} experts cannot be divided by {EP} {ep}: {experts} % {ep} = {rest}"
+        yield Problem(text, ("model.path", EP))
+    if rest := _remainder(columns, etp):
+        text = f"the experts' {columns} columns cannot be divided by {ETP} {etp}: {columns} % {etp} = {rest}"
+        yield Problem(text, ("model.path", ETP, TP))
+    if spec.linear_bias and etp > 1:
+        text = f"the model's experts have biases, which megatron-core does not divide: {ETP} is {etp}, set it to 1"
+        yield Problem(text, ("model.path", ETP, TP))
 
 
 def _model_layers(cfg: "Config", spec: "ModelSpec") -> Problems:
@@ -229,7 +286,8 @@ def _model_positions(cfg: "Config", spec: "ModelSpec") -> Problems:
 
 def _files(cfg: "Config") -> Problems:
     """Data files exist; a path without a known ending is the name of a `datasets` data set."""
-    for path, value in (("data.path", cfg.data.path), ("data.val_path", cfg.data.val_path)):
+    named = {"data.path": cfg.data.path, "data.val_path": cfg.data.val_path, "data.pass_rates": cfg.data.pass_rates}
+    for path, value in named.items():
         if value and value.endswith((".jsonl", ".json", ".parquet")) and not Path(value).is_file():
             yield Problem(f"{path} = {value!r}: there is no such file", (path,))
 
@@ -309,6 +367,10 @@ def _remainder(value: int, divisor: int) -> int:
 
 def _world(cfg: "Config") -> int:
     return cfg.cluster.num_nodes * cfg.cluster.gpus_per_node
+
+
+def _etp(cfg: "Config") -> int:
+    return cfg.parallel.expert_tensor_parallel_size or cfg.parallel.tensor_model_parallel_size
 
 
 def _first(cfg: "Config") -> int | None:

@@ -39,6 +39,8 @@ RANGES = {
     "model.recompute_num_layers": "[1, inf)",
     "parallel.tensor_model_parallel_size": "[1, inf)",
     "parallel.pipeline_model_parallel_size": "[1, inf)",
+    "parallel.expert_model_parallel_size": "[1, inf)",
+    "parallel.expert_tensor_parallel_size": "[1, inf)",
     "parallel.num_layers_in_first_pipeline_stage": "[1, inf)",
     "parallel.num_layers_in_last_pipeline_stage": "[1, inf)",
     "optimizer.lr": "[0, inf)",
@@ -56,6 +58,8 @@ RANGES = {
     "train.ppo_epochs": "[1, inf)",
     "data.max_prompt_length": "[1, inf)",
     "data.max_records": "[1, inf)",
+    "data.min_pass_rate": "[0, 1]",
+    "data.max_pass_rate": "[0, 1]",
     "rollout.num_prompts_per_step": "[1, inf)",
     "rollout.num_generations_per_prompt": "[1, inf)",
     "rollout.tensor_parallel_size": "[1, inf)",
@@ -76,7 +80,19 @@ RANGES = {
     "loss.clip_ratio_c": "(1, inf)",
     "loss.kl_loss_coef": "[0, inf)",
     "loss.entropy_coef": "[0, inf)",
+    "loss.value_clip": "(0, inf)",
     "loss.truncated_importance_sampling_ratio": "(0, inf)",
+    "loss.truncated_importance_sampling_ratio_min": "[0, inf)",
+    "preference.beta": "(0, inf)",
+    "preference.label_smoothing": "[0, 0.5)",
+    "preference.dpop_lambda": "[0, inf)",
+    "preference.rpo_eta": "(0, inf)",
+    "preference.simpo_gamma": "[0, inf)",
+    "preference.longpo_lambda": "(0, inf)",
+    "preference.sft_loss_coef": "[0, inf)",
+    "preference.kto_desirable_weight": "[0, inf)",
+    "preference.kto_undesirable_weight": "[0, inf)",
+    "preference.center_rewards_coef": "[0, inf)",
     "validation.val_period": "[0, inf)",
     "validation.max_val_samples": "[1, inf)",
     "validation.val_temperature": "[0, 2]",
@@ -109,8 +125,8 @@ OWNED_OVERRIDES = {
     "context_parallel_size": _UNUSED,
     "hierarchical_context_parallel_sizes": _UNUSED,
     "hybrid_context_parallel": _UNUSED,
-    "expert_model_parallel_size": _UNUSED,
-    "expert_tensor_parallel_size": _UNUSED,
+    "expert_model_parallel_size": "set parallel.expert_model_parallel_size",
+    "expert_tensor_parallel_size": "set parallel.expert_tensor_parallel_size",
     "virtual_pipeline_model_parallel_size": _UNUSED,
     "pipeline_model_parallel_layout": _UNUSED,
     "account_for_embedding_in_pipeline_split": _UNUSED,
@@ -133,7 +149,10 @@ def check_values(cfg: "Config") -> Problems:
     yield from _recompute(cfg)
     yield from _overrides(cfg)
     yield from _schedule(cfg)
+    yield from _policy_loss(cfg)
+    yield from _preference(cfg)
     yield from _validation(cfg)
+    yield from _data(cfg)
     yield from _names(cfg)
 
 
@@ -211,6 +230,60 @@ def _schedule(cfg: "Config") -> Problems:
         )
 
 
+def _policy_loss(cfg: "Config") -> Problems:
+    """Terms of the policy loss that exclude or need one another."""
+    loss, correction = cfg.loss, cfg.loss.truncated_importance_sampling_type
+    name = f"loss.policy_loss = {loss.policy_loss}"
+    if loss.policy_loss in ("gspo", "sequence_clip") and loss.loss_agg_mode != "seq-mean-token-mean":
+        text = f"{name} is one loss a sequence: it needs loss.loss_agg_mode=seq-mean-token-mean"
+        yield Problem(text, ("loss.policy_loss", "loss.loss_agg_mode"))
+    if loss.policy_loss != "ppo_clip" and loss.clip_ratio_c is not None:
+        text = f"loss.clip_ratio_c = {loss.clip_ratio_c} is of ppo_clip and would do nothing: {name}"
+        yield Problem(text, ("loss.policy_loss", "loss.clip_ratio_c"))
+    if loss.policy_loss != "cispo" and loss.cispo_clip_low:
+        text = f"loss.cispo_clip_low = true is of cispo and would do nothing: {name}"
+        yield Problem(text, ("loss.policy_loss", "loss.cispo_clip_low"))
+    if loss.kl_type == "k2" and loss.kl_gradient == "score_function":
+        text = "loss.kl_type = k2 has the gradient of the divergence by itself: leave loss.kl_gradient=estimator"
+        yield Problem(text, ("loss.kl_type", "loss.kl_gradient"))
+    if loss.use_rollout_logps and correction != "none":
+        text = f"loss.use_rollout_logps = true and loss.truncated_importance_sampling_type = {correction}"
+        yield Problem(
+            f"{text} would correct for the same difference twice",
+            ("loss.use_rollout_logps", "loss.truncated_importance_sampling_type"),
+        )
+    low, high = loss.truncated_importance_sampling_ratio_min, loss.truncated_importance_sampling_ratio
+    if correction in ("icepop", "seq-mask-tis") and low >= high:
+        path = "loss.truncated_importance_sampling_ratio"
+        text = f"{path}_min = {low} and {path} = {high} leave nothing between them for {correction} to keep"
+        yield Problem(text, (f"{path}_min", path, "loss.truncated_importance_sampling_type"))
+
+
+def _preference(cfg: "Config") -> Problems:
+    """Settings that the chosen preference loss does not have, or lacks."""
+    preference, path = cfg.preference, "preference."
+    loss, smoothing = (
+        f"preference.loss = {preference.loss}",
+        f"preference.label_smoothing = {preference.label_smoothing}",
+    )
+    if preference.loss == "robust" and preference.label_smoothing == 0:
+        text = f"{loss} needs the share of wrong labels in preference.label_smoothing; without any it is dpo"
+        yield Problem(text, (f"{path}loss", f"{path}label_smoothing"))
+    if preference.loss not in ("dpo", "robust") and preference.label_smoothing > 0:
+        yield Problem(f"{smoothing} is of dpo and robust: {loss}", (f"{path}loss", f"{path}label_smoothing"))
+    if preference.average_log_probs and preference.loss in ("simpo", "orpo", "longpo", "kto", "bco"):
+        always = "takes the mean anyway" if preference.loss in ("simpo", "orpo") else "is defined on sums"
+        text = f"preference.average_log_probs = true: {loss} {always}; leave it out"
+        yield Problem(text, (f"{path}loss", f"{path}average_log_probs"))
+    if preference.sft_loss_coef > 0 and preference.loss in ("orpo", "longpo", "kto", "bco"):
+        why = "has a likelihood term of its own" if preference.loss in ("orpo", "longpo") else "has no chosen response"
+        text = f"preference.sft_loss_coef = {preference.sft_loss_coef}: {loss} {why}; leave it out"
+        yield Problem(text, (f"{path}loss", f"{path}sft_loss_coef"))
+    if preference.loss == "kto" and preference.kto_desirable_weight == preference.kto_undesirable_weight == 0:
+        text = "preference.kto_desirable_weight = 0 and preference.kto_undesirable_weight = 0 leave nothing to learn"
+        yield Problem(text, (f"{path}loss", f"{path}kto_desirable_weight", f"{path}kto_undesirable_weight"))
+
+
 def _validation(cfg: "Config") -> Problems:
     validation, has_data = cfg.validation, cfg.data.val_path is not None
     if cfg.algorithm == "sft":
@@ -230,6 +303,31 @@ def _validation(cfg: "Config") -> Problems:
     if validation.val_reward is not None and names and validation.val_reward not in names:
         text = f"validation.val_reward = {validation.val_reward!r} is not one of reward.functions: {', '.join(names)}"
         yield Problem(text, ("validation.val_reward", "reward.functions"))
+
+
+def _data(cfg: "Config") -> Problems:
+    """Selection and order by pass rate need one source of pass rates, and a loop that draws prompts."""
+    data, rates = cfg.data, ("data.pass_rate_key", "data.pass_rates")
+    wishes = {
+        f"data.min_pass_rate = {data.min_pass_rate}": data.min_pass_rate > 0,
+        f"data.max_pass_rate = {data.max_pass_rate}": data.max_pass_rate < 1,
+        f"data.order = {data.order}": data.order != "file",
+    }
+    asked = [text for text, wish in wishes.items() if wish]
+    fields = (*rates, *(text.split()[0] for text in asked))
+    if data.pass_rate_key is not None and data.pass_rates is not None:
+        yield Problem("data.pass_rate_key and data.pass_rates both say how hard a prompt is: leave one out", rates)
+    if asked and data.pass_rate_key is None and data.pass_rates is None:
+        yield Problem(f"{asked[0]} needs pass rates: set data.pass_rate_key or data.pass_rates", fields)
+    if asked and cfg.algorithm == "sft":
+        text = f"algorithm = sft reads examples, not prompts, so that {', '.join(asked)} would do nothing: leave it out"
+        yield Problem(text, ("algorithm", *fields))
+    if data.min_pass_rate > data.max_pass_rate:
+        text = f"data.min_pass_rate = {data.min_pass_rate} is above data.max_pass_rate = {data.max_pass_rate}"
+        yield Problem(text, ("data.min_pass_rate", "data.max_pass_rate"))
+    if data.order != "file" and data.shuffle:
+        text = f"data.order = {data.order} would be undone by data.shuffle = true: set data.shuffle=false"
+        yield Problem(text, ("data.order", "data.shuffle"))
 
 
 def _names(cfg: "Config") -> Problems:

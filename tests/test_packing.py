@@ -76,3 +76,37 @@ def test_token_weights_by_hand(mode, weights, count):
 def test_a_fully_masked_pack_has_weight_zero():
     batch = pack([Sample("a", 0, [1, 2], prompt_length=2)], CPU)
     assert batch.count == 0 and batch.weights.sum() == 0 and not batch.loss_mask.any()
+
+
+def test_a_hole_in_a_response_is_in_no_loss_and_no_count():
+    """Two tokens of the policy around two of a tool. What the tool's positions hold is not carried along."""
+    nan = float("nan")
+    sample = Sample(
+        "a",
+        0,
+        [10, 11, 12, 13, 14],
+        1,
+        loss_mask=torch.tensor([True, False, False, True]),
+        advantages=torch.tensor([3.0, nan, 9.0, 4.0]),
+        rollout_logps=torch.tensor([-0.1, nan, -0.3, -0.4]),
+        values=torch.tensor([1.0, 2.0, nan, 4.0]),
+        returns=torch.tensor([5.0, nan, 7.0, 8.0]),
+    )
+    other = Sample("b", 0, [20, 21], 1, advantage=-1.0, rollout_logps=torch.zeros(1), values=torch.zeros(1))
+    other.returns = torch.zeros(1)
+    batch = pack([sample, other], CPU, loss_agg_mode="seq-mean-token-mean")
+    assert batch.loss_mask.tolist() == [True, False, False, True, True]
+    assert batch.advantages.tolist() == [3, 0, 0, 4, -1]
+    torch.testing.assert_close(batch.rollout_logps, torch.tensor([-0.1, 0, 0, -0.4, 0]))
+    assert batch.old_values.tolist() == [1, 0, 0, 4, 0] and batch.returns.tolist() == [5, 0, 0, 8, 0]
+    assert batch.weights.tolist() == [0.5, 0, 0, 0.5, 1] and batch.count == 2
+    assert batch.lengths.tolist() == [2, 1]
+    x = torch.arange(5.0)
+    assert batch.per_sequence(x).tolist() == [3, 4] and batch.per_token(torch.tensor([7, 8])).tolist() == [7] * 4 + [8]
+    assert [part.tolist() for part in batch.response_of(x)] == [[0, 1, 2, 3], [4]]
+
+
+def test_a_response_that_is_all_hole_does_not_count():
+    sample = Sample("a", 0, [1, 2, 3], 1, loss_mask=torch.tensor([False, False]))
+    batch = pack([sample], CPU, loss_agg_mode="seq-mean-token-mean")
+    assert batch.count == 0 and batch.weights.sum() == 0 and batch.lengths.tolist() == [0]

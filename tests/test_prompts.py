@@ -97,8 +97,8 @@ def test_gsm8k_answers_come_after_the_marker_without_separators(
         path, '{"question": "one", "answer": "12"}', '{"question": "one", "answer": "#### x"}', '{"answer": "#### 1"}'
     )
     message = refusal(data(path, adapter="gsm8k"), tokenizer)
-    assert f"{path}:1: 'answer' has no '####' before its final answer" in message
-    assert f"{path}:2: 'answer' ends in 'x' after '####', which is not a number" in message
+    assert f"{path}:1: answer: has no '####' before its final answer" in message
+    assert f"{path}:2: answer: ends in 'x' after '####', which is not a number" in message
     assert f"{path}:3: has no key 'question'; its keys are 'answer'" in message
     assert "adapter='gsm' is not known; adapters: gsm8k" in refusal(data(path, adapter="gsm"), tokenizer)
 

@@ -1,4 +1,4 @@
-"""The three rewards that come with megarl, and how rewards are found."""
+"""The rewards that come with megarl, and how rewards are found."""
 
 import subprocess
 import sys

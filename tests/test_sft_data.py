@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from megarl.config import DataConfig
 from megarl.data.reading import DataError
 from megarl.data.sft import load_examples
+from tests.byte_tokenizer import CHATML, byte_tokenizer
 
 WORDS = ["<bos>", "<eos>", "<unk>", "<user>", "<assistant>", "one", "two", "####", "3"]
 TEMPLATE = "<bos> {% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}<assistant>"
@@ -63,7 +64,8 @@ def test_bad_and_overlong_records_are_named_or_counted(tmp_path: Path) -> None:
     message = str(caught.value)
     assert "sft.jsonl:2: the response is empty" in message
     assert "sft.jsonl:3: the response must be a string, found a number" in message
-    assert "sft.jsonl:4: has no key 'response'; its keys are 'prompt' (data.response_key names it)" in message
+    assert "sft.jsonl:4: has no key 'response'; its keys are 'prompt' (data.response_key names it; " in message
+    assert "data.messages_key='messages' would hold a conversation)" in message
     assert "sft.jsonl:5: 'response' holds a lone surrogate" in message
     long = good | {"prompt": "one two one two"}
     config = data(tmp_path, good, *bad, long, bad_records="drop", max_prompt_length=3)
@@ -84,3 +86,64 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
         load_examples(
             data(tmp_path, {"prompt": "one", "response": "3"}), make_tokenizer(unk_token="<unk>"), max_tokens=64
         )
+
+
+def conversation(*turns: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def test_a_conversation_has_holes_where_others_speak(tmp_path: Path) -> None:
+    """The template here writes no EOS behind a turn: only that of the last is learned."""
+    template = TEMPLATE.replace("<assistant>", "{% if add_generation_prompt %}<assistant>{% endif %}")
+    messages = conversation(("user", "one"), ("assistant", "two"), ("user", "two one"), ("assistant", "3"))
+    turns = [{"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]} for m in messages]
+    for record in ({"messages": messages}, {"conversations": turns}, {"prompt": "one", "messages": messages}):
+        config = data(tmp_path, record, apply_chat_template=True)
+        (example,) = load_examples(config, make_tokenizer(template), max_tokens=64)
+        assert example.tokens == ids("<bos> <user> one <assistant> two <user> two one <assistant> 3 <eos>")
+        assert example.prompt_length == 4
+        assert example.loss_mask.tolist() == [True, False, False, False, False, True, True]
+        config = data(tmp_path, record, apply_chat_template=True, train_on_turns="last")
+        (last,) = load_examples(config, make_tokenizer(template), max_tokens=64)
+        assert (last.tokens, last.prompt_length, last.loss_mask) == (example.tokens, 9, None)
+
+
+def test_one_exchange_is_prompt_and_response(tmp_path: Path) -> None:
+    messages = {"chat": conversation(("user", "one"), ("assistant", "two"))}
+    config = data(tmp_path, messages, apply_chat_template=True, messages_key="chat")
+    template = TEMPLATE.replace("<assistant>", "{% if add_generation_prompt %}<assistant>{% endif %}")
+    (example,) = load_examples(config, make_tokenizer(template), max_tokens=64)
+    pair = {"prompt": "one", "response": "two"}
+    (same,) = load_examples(data(tmp_path, pair, apply_chat_template=True), make_tokenizer(template), max_tokens=64)
+    assert (example.tokens, example.prompt_length, example.loss_mask) == (same.tokens, same.prompt_length, None)
+
+
+def test_conversations_that_cannot_be_learned_are_named(tmp_path: Path) -> None:
+    messages = conversation(("user", "one"), ("assistant", "two"))
+    with pytest.raises(DataError, match=r"sft.jsonl:1: the record is a conversation, which needs data.apply_chat_temp"):
+        load_examples(data(tmp_path, {"messages": messages}), make_tokenizer(), max_tokens=64)
+    config = data(tmp_path, {"messages": messages[:1]}, {"messages": 3}, apply_chat_template=True)
+    with pytest.raises(DataError) as caught:
+        load_examples(config, make_tokenizer(TEMPLATE), max_tokens=64)
+    assert "sft.jsonl:1: has no turn of the assistant's to learn" in str(caught.value)
+    assert "sft.jsonl:2: messages: must be a list of messages, found a number" in str(caught.value)
+
+
+def test_reasoning_goes_between_think_tags(tmp_path: Path) -> None:
+    record = {"prompt": "one", "thoughts": "two one", "completion": "3"}
+    config = data(tmp_path, record, reasoning_key="thoughts")
+    tokenizer = byte_tokenizer(None)
+    (example,) = load_examples(config, tokenizer, max_tokens=64)
+    assert tokenizer.decode(example.tokens) == "one<think>\ntwo one\n</think>\n\n3<|im_end|>"
+    config = data(tmp_path, {"prompt": "one", "response": "3"}, reasoning_key="thoughts")
+    with pytest.raises(DataError, match=r"sft.jsonl:1: has no key 'thoughts'"):
+        load_examples(config, tokenizer, max_tokens=64)
+
+
+@pytest.mark.parametrize("opening", ["<think>\n", "<think>", "<think>\n\n"])
+def test_a_prompt_that_opens_the_think_tag_is_not_followed_by_another(tmp_path: Path, opening: str) -> None:
+    tokenizer = byte_tokenizer(CHATML.replace("assistant\n", f"assistant\n{opening}"))
+    record = {"prompt": "one", "response": f"{opening}two\n</think>\n\n3"}
+    (example,) = load_examples(data(tmp_path, record, apply_chat_template=True), tokenizer, max_tokens=128)
+    assert tokenizer.decode(example.tokens).endswith(f"assistant\n{opening}two\n</think>\n\n3<|im_end|>")
+    assert tokenizer.decode(example.tokens).count("<think>") == 1

@@ -24,7 +24,7 @@ from megarl.model.family import read_spec
 from megarl.observe.run import Run
 from megarl.parallel.mesh import Mesh
 from megarl.rollout.sampler import Sampler
-from megarl.weights.sync import push
+from megarl.weights.sync import push, to_engines
 
 
 def train(cfg: Config, run: Run, mesh: Mesh) -> None:
@@ -42,8 +42,11 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
         spec = read_spec(cfg.model.path)
         policy = Engine(cfg, mesh, spec, temperature=cfg.rollout.temperature, total_updates=updates)
         reference = HostWeights(policy.model) if cfg.loss.kl_loss_coef else None
-        weights = policy.stream(cfg.weight_sync.bucket_size_mb << 20)
-        push(weights, sampler.engine)
+        deal = to_engines(policy.spec, mesh, cfg.rollout.tensor_parallel_size)
+        weights = policy.stream(cfg.weight_sync.bucket_size_mb << 20, deal)
+        not_compared = push(weights, sampler.engine, verify=cfg.weight_sync.verify)
+        if not_compared:
+            run.console.note(f"weight_sync.verify cannot compare {', '.join(not_compared)}")
     if held_out and cfg.validation.val_at_start:
         run.report(0, steps, validate(run, sampler, held_out, step=0))
 
@@ -68,7 +71,7 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
             last = step == steps
             save_if_due(cfg, run, policy, step, last=last)  # while vLLM sleeps: there is room for whole tensors
             with run.phase("sync"):
-                push(weights, sampler.engine)
+                push(weights, sampler.engine, verify=cfg.weight_sync.verify)
             metrics = rollout.metrics() | spread(advantage) | actor_metrics(history)
             if held_out and (due(step, cfg.validation.val_period) or (last and cfg.validation.val_at_end)):
                 metrics |= validate(run, sampler, held_out, step)

@@ -14,7 +14,6 @@ from megarl.model.engine import Engine
 from megarl.model.family import read_spec
 from megarl.observe.run import Run
 from megarl.parallel.mesh import Mesh
-from megarl.weights.convert import save_hf
 
 
 def train(cfg: Config, run: Run, mesh: Mesh) -> None:
@@ -31,7 +30,7 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
     for step in range(1, steps + 1):
         with run.phase("step"):
             drawn = stream.next(cfg.train.train_global_batch_size)
-            batch = [Sample(e.id, 0, e.tokens, e.prompt_length) for e in drawn]
+            batch = [Sample(e.id, 0, e.tokens, e.prompt_length, loss_mask=e.loss_mask) for e in drawn]
             lengths = [len(sample.tokens) for sample in batch]
             mine = [batch[i] for i in balance(lengths, mesh.dp_size)[mesh.dp_rank]]
             with run.phase("train"):
@@ -50,5 +49,5 @@ def save_if_due(cfg: Config, run: Run, policy: Engine, step: int, *, last: bool)
     if not (due(step, cfg.checkpoint.save_period) or (last and cfg.checkpoint.save_at_end)):
         return
     with run.phase("save"):
-        stream = policy.stream(cfg.weight_sync.bucket_size_mb << 20)
-        save_hf(stream, run.dir / "hf" / ("final" if last else f"step_{step:06d}"), carry_from=cfg.model.path)
+        folder = run.dir / "hf" / ("final" if last else f"step_{step:06d}")
+        policy.save_hf(folder, cfg.weight_sync.bucket_size_mb << 20)

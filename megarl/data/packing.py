@@ -74,26 +74,28 @@ def pack(
     padding = -real % multiple
     tokens = [t for sample in samples for t in sample.tokens[:-1]] + [0] * padding
     targets = [t for sample in samples for t in sample.tokens[1:]] + [0] * padding
-    mask = torch.zeros(real + padding, dtype=torch.bool)
+    response = torch.zeros(real + padding, dtype=torch.bool)
     cu_seqlens = [0]
     for sample, length in zip(samples, lengths, strict=True):
         start = cu_seqlens[-1]
-        mask[start + sample.prompt_length - 1 : start + length] = True
+        response[start + sample.prompt_length - 1 : start + length] = True
         cu_seqlens.append(start + length)
     cu_seqlens[-1] += padding
     sizes = torch.tensor(cu_seqlens).diff()
     sequence = torch.repeat_interleave(torch.arange(len(samples)), sizes)
     positions = torch.arange(real + padding) - torch.tensor(cu_seqlens[:-1])[sequence]
-    responses = torch.tensor([sample.response_length for sample in samples])
-    weights, count = token_weights(mask, sequence, responses, loss_agg_mode, max_response_length)
+    mask = torch.zeros_like(response)
+    mask[response] = torch.cat([_loss_mask(sample) for sample in samples])
+    counted = torch.zeros(len(samples), dtype=torch.int64).index_add(0, sequence, mask.long())
+    weights, count = token_weights(mask, sequence, counted, loss_agg_mode, max_response_length)
 
     def spread(values: Callable[[Sample], Tensor | None]) -> Tensor | None:
         parts = [values(sample) for sample in samples]
         if parts[0] is None:
             return None
         out = torch.zeros(real + padding, dtype=torch.float32)
-        out[mask] = torch.cat([part for part in parts if part is not None]).float().cpu()
-        return out.to(device)
+        out[response] = torch.cat([part for part in parts if part is not None]).float().cpu()
+        return torch.where(mask, out, 0).to(device)
 
     return MicroBatch(
         samples=samples,
@@ -105,11 +107,27 @@ def pack(
         sequence=sequence.to(device),
         weights=weights.to(device),
         count=count,
-        advantages=(torch.tensor([sample.advantage for sample in samples])[sequence] * mask).to(device),
+        advantages=spread(_advantages),
         rollout_logps=spread(lambda sample: sample.rollout_logps),
         old_logps=spread(lambda sample: sample.old_logps),
         ref_logps=spread(lambda sample: sample.ref_logps),
+        old_values=spread(lambda sample: sample.values),
+        returns=spread(lambda sample: sample.returns),
     )
+
+
+def _loss_mask(sample: Sample) -> Tensor:
+    """[response] bool."""
+    if sample.loss_mask is None:
+        return torch.ones(sample.response_length, dtype=torch.bool)
+    return sample.loss_mask.bool().cpu()
+
+
+def _advantages(sample: Sample) -> Tensor:
+    """[response]."""
+    if sample.advantages is None:
+        return torch.full((sample.response_length,), sample.advantage)
+    return sample.advantages
 
 
 def token_weights(

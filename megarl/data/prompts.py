@@ -14,9 +14,9 @@ from typing import Any, Generic, TypeVar
 from transformers import PreTrainedTokenizerBase
 
 from megarl.config import DataConfig
-from megarl.data import chat
-from megarl.data.adapters import check_adapter, check_encodable, read_fields
-from megarl.data.reading import DataError, Loaded, OverlongError, RecordError, collect, json_type
+from megarl.data import chat, curriculum
+from megarl.data.adapters import check_adapter, read_fields
+from megarl.data.reading import DataError, Loaded, OverlongError, RecordError, check_encodable, collect, json_type
 
 T = TypeVar("T")
 
@@ -33,39 +33,65 @@ class Prompt:
 
 
 def load_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, validation: bool = False) -> Loaded[Prompt]:
-    """The usable prompts of data.path (or of data.val_path), in file order."""
+    """The usable prompts of data.path, selected and ordered as the config says, or all those of data.val_path."""
+    check_adapter(data.adapter, wanted=("prompt",))
     tokenize = prompt_tokenizer(data, tokenizer)
 
     def build(record_id: str, record: dict[str, Any]) -> Prompt:
         fields = read_fields(record, data, wanted=("prompt", "answer"))
         text, tokens = tokenize(fields["prompt"])
         answer = answer_text(fields["answer"]) if "answer" in fields else None
+        if data.pass_rate_key is not None:
+            curriculum.checked_rate(record.get(data.pass_rate_key), data.pass_rate_key)
         return Prompt(record_id, tokens, text, answer, record)
 
     if not validation:
-        return collect(data, data.path, data.split, build, limit=data.max_records)
+        return by_difficulty(collect(data, data.path, data.split, build, limit=data.max_records), data)
     if data.val_path is None:
         raise DataError("data.val_path is not set, so there are no validation prompts; name a file or a data set")
-    source = dataclasses.replace(data, subset=data.val_subset or data.subset)
+    source = dataclasses.replace(data, subset=data.val_subset or data.subset, pass_rate_key=None)
     return collect(source, data.val_path, data.val_split, build, limit=None)
+
+
+def by_difficulty(prompts: Loaded[Prompt], data: DataConfig) -> Loaded[Prompt]:
+    """The prompts whose pass rate is in the config's range, in its order."""
+    if (data.min_pass_rate, data.max_pass_rate, data.order) == (0, 1, "file"):
+        return prompts
+    if data.pass_rates is not None:
+        measured = curriculum.read_pass_rates(data.pass_rates)
+        rates = [measured.get(prompt.id) for prompt in prompts]
+    else:
+        rates = [prompt.fields.get(data.pass_rate_key) for prompt in prompts]
+    kept = curriculum.within(prompts, rates, data.min_pass_rate, data.max_pass_rate)
+    return Loaded(curriculum.in_order(kept, data.order), kept.dropped)
 
 
 def prompt_tokenizer(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[Any], tuple[str, list[int]]]:
     """A function from a prompt to its text and tokens; what no prompt could satisfy is refused before any is read."""
     check_adapter(data.adapter)
     chat.check_template(tokenizer, data.system_prompt, data.apply_chat_template)
-    special_ids = set(tokenizer.all_special_ids)
+    encode = prompt_encoder(data, tokenizer)
 
     def tokenize(prompt: Any) -> tuple[str, list[int]]:
         text = chat.prompt_text(tokenizer, prompt, data.system_prompt, data.apply_chat_template)
+        return text, encode(text)
+
+    return tokenize
+
+
+def prompt_encoder(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
+    """A function from a prompt's text to its tokens, of which there must be some, and not too many."""
+    special_ids = set(tokenizer.all_special_ids)
+
+    def encode(text: str) -> list[int]:
         tokens = chat.encode(tokenizer, text, data.apply_chat_template)
         if special_ids.issuperset(tokens):
             raise RecordError(f"the prompt has no tokens but special ones: {text!r:.80}")
         if len(tokens) > data.max_prompt_length:
             raise OverlongError(f"the prompt has {len(tokens)} tokens, data.max_prompt_length={data.max_prompt_length}")
-        return text, tokens
+        return tokens
 
-    return tokenize
+    return encode
 
 
 def answer_text(answer: Any) -> str:

@@ -227,3 +227,11 @@ def as_record(row: Any) -> dict[str, Any]:
 def json_type(value: Any) -> str:
     """What JSON calls the type of `value`, for error messages."""
     return JSON_TYPES.get(type(value), type(value).__name__)
+
+
+def check_encodable(text: str, key: str) -> None:
+    """JSON can spell half of a surrogate pair (\\ud800); no tokenizer takes it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RecordError(f"{key!r} holds a lone surrogate {text[error.start]!r} at character {error.start}") from error

@@ -1,57 +1,63 @@
 """Examples for supervised fine-tuning.
 
-Contract: an example is prompt + response + EOS, laid end to end. The prompt is rendered as for rollouts, so that a
-model fine-tuned on it sees the same prompts in RL; the response is encoded without special tokens; and the end is
-always the tokenizer's EOS token, because what templates write after an answer differs and EOS is where rollouts stop.
-An example is over-long if its prompt has more than data.max_prompt_length tokens, or all of it more than `max_tokens`.
+Contract: an example is a sequence as `megarl.data.sequences` describes it, from one of these layouts:
+
+- a prompt (text or messages) and a response, which SFT learns; with data.reasoning_key the reasoning goes before the
+  response between think tags, as in DeepSeek-R1's traces;
+- a conversation under data.messages_key (chat messages, or ShareGPT's turns), of which SFT learns the assistant's
+  turns: all of them, or the last. What the user and tools said between them is in the sequence and not in the loss.
+
+A record with both counts as prompt and response.
 """
 
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from megarl.config import DataConfig
-from megarl.data.adapters import check_encodable, read_fields
-from megarl.data.prompts import prompt_tokenizer
-from megarl.data.reading import DataError, Loaded, OverlongError, RecordError, collect, json_type
+from megarl.data.adapters import check_adapter, present_fields, required
+from megarl.data.answers import trace
+from megarl.data.conversations import messages_of, response_text
+from megarl.data.reading import Loaded, RecordError, collect
+from megarl.data.sequences import Sequence, Sequences
 
 
 @dataclass(frozen=True)
 class Example:
-    """`tokens[prompt_length:]` is what the model learns to say."""
+    """`tokens[prompt_length:]` is what the model learns to say, but for what `loss_mask` leaves out."""
 
     id: str
     tokens: list[int]
     prompt_length: int
+    loss_mask: Tensor | None = None  # [response] bool, as in `megarl.data.records.Sample`; None: all of it
 
 
 def load_examples(data: DataConfig, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> Loaded[Example]:
     """The usable examples of data.path, in file order; `max_tokens` is what the model and a microbatch can hold."""
-    tokenize = prompt_tokenizer(data, tokenizer)
-    if tokenizer.eos_token_id is None:
-        raise DataError(f"the tokenizer of {tokenizer.name_or_path or 'the model'} has no EOS token to end responses")
+    check_adapter(data.adapter, wanted=("prompt", "response"))
+    sequences = Sequences(data, tokenizer, max_tokens)
 
     def build(record_id: str, record: dict[str, Any]) -> Example:
-        fields = read_fields(record, data, wanted=("prompt", "response"))
-        _, prompt = tokenize(fields["prompt"])
-        response = tokenizer(response_text(fields.get("response")), add_special_tokens=False)["input_ids"]
-        tokens = [*prompt, *response, tokenizer.eos_token_id]
-        if len(tokens) > max_tokens:
-            raise OverlongError(
-                f"prompt and response have {len(tokens)} tokens; the model's positions and train.train_mb_tokens "
-                f"allow {max_tokens}"
-            )
-        return Example(record_id, tokens, len(prompt))
+        made = example(record, data, sequences)
+        return Example(record_id, made.tokens, made.prompt_length, made.loss_mask)
 
     return collect(data, data.path, data.split, build, limit=data.max_records)
 
 
-def response_text(response: Any) -> str:
-    """The response, which must be a string with something in it."""
-    if not isinstance(response, str):
-        raise RecordError(f"the response must be a string, found {json_type(response)}")
-    if not response.strip():
-        raise RecordError("the response is empty")
-    check_encodable(response, "response")
-    return response
+def example(record: dict[str, Any], data: DataConfig, sequences: Sequences) -> Sequence:
+    """The sequence of one record."""
+    fields = present_fields(record, data, ("prompt", "response", "messages"))
+    if data.adapter is None and "messages" in fields and not {"prompt", "response"} <= fields.keys():
+        return sequences.conversation(messages_of(fields["messages"], data.messages_key))
+    if data.adapter is None:
+        hint = f"; data.messages_key={data.messages_key!r} would hold a conversation"
+        required(record, data.prompt_key, f" (data.prompt_key names it{hint})")
+        if "response" not in fields:
+            required(record, data.response_key, f" (data.response_key names it{hint})")
+            raise RecordError("the response must be a string, found null")
+    response = fields["response"]
+    if data.reasoning_key is not None:
+        response = trace(response_text(required(record, data.reasoning_key), "reasoning"), response_text(response))
+    return sequences.single(fields.get("prompt"), response)

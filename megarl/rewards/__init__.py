@@ -20,6 +20,7 @@ REWARDS = {
     "math": "megarl.rewards.math:math_reward",
     "exact": "megarl.rewards.exact:exact_reward",
     "format": "megarl.rewards.format:format_reward",
+    "countdown": "megarl.rewards.countdown:countdown_reward",
 }
 COLUMNS = ("completions", "prompts", "answers", "completion_ids", "finish_reasons")
 
