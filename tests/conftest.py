@@ -20,6 +20,33 @@ TINY = {
     "max_position_embeddings": 256,
     "initializer_range": 0.1,
 }
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 24,
+    "moe_intermediate_size": 48,
+    "routed_scaling_factor": 1.5,
+    "first_k_dense_replace": 1,
+}
+# What families have beside, small.
+TINY_OF = {
+    "qwen3_moe": {
+        "head_dim": 32,
+        "moe_intermediate_size": 48,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "deepseek_v2": _LATENT | {"q_lora_rank": None, "n_routed_experts": 8, "num_experts_per_tok": 3},
+    "deepseek_v3": _LATENT
+    | {"n_routed_experts": 16, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 4, "num_mtp_layers": 0},
+    "gpt_oss": {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 8},
+}
 
 
 @pytest.fixture(scope="session")
@@ -50,11 +77,17 @@ def _save_random(family: str, path: Path, changes: dict[str, Any]) -> Path:
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     torch.manual_seed(len(family))
-    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[family](**TINY | changes)).float()
+    config = CONFIG_MAPPING[family](**TINY | TINY_OF.get(family, {}) | changes)
+    model = AutoModelForCausalLM.from_config(config).float()
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:  # norms at 1 and biases at 0 would hide a mistake
-                parameter.uniform_(0.5, 1.5)
+        # norms at 1 and biases, sinks and the experts' bias at 0 would hide a mistake
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("experts.gate_up_proj_bias"):
+                tensor.uniform_(-9, 9)  # beyond gpt-oss' clamp at 7
+            elif name.endswith("e_score_correction_bias"):
+                tensor.uniform_(-0.3, 0.3)
+            elif (tensor.dim() == 1 and not name.endswith("inv_freq")) or name.endswith("_bias"):
+                tensor.uniform_(0.5, 1.5)
     model.save_pretrained(path)
     return path
 

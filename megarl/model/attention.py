@@ -2,11 +2,12 @@
 
 megatron's own local versions take no packed sequences (attention) and refuse sequence parallelism (norm).
 
-Shapes: T packed tokens, h this rank's query heads, g its key/value heads, d the head size.
+Shapes: T packed tokens, h this rank's query heads, g its key/value heads, d the head size, v that of values.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -14,8 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
 
@@ -30,6 +33,14 @@ class PackedLayout(PackedSeqParams):
 
     rectangles: list[Tensor] = field(default_factory=list)
     restore: Tensor | None = None
+    positions: Tensor | None = None  # [T], of every token in its sequence
+
+    def as_one_sequence(self) -> PackedLayout:
+        """The same for megatron's unfused rotary embedding, which loops over sequences in Python: only it reads the
+        padded lengths of this one. Its angles must then be given for every token, not for every position."""
+        assert self.cu_seqlens_q is not None, "a layout has its sequences' ends"
+        whole = self.cu_seqlens_q[[0, -1]]
+        return dataclasses.replace(self, cu_seqlens_q_padded=whole, cu_seqlens_kv_padded=whole)
 
 
 def packed_layout(cu_seqlens: list[int], device: torch.device, *, transformer_engine: bool) -> PackedLayout:
@@ -38,21 +49,20 @@ def packed_layout(cu_seqlens: list[int], device: torch.device, *, transformer_en
     # Rounded up: megatron caches one rotary table per value.
     longest = -(-max(lengths) // 64) * 64
     cu = torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
-    # Megatron's unfused rotary embedding loops over sequences in Python, unless told that the pack is one sequence;
-    # PolicyModel then gives it the angle of every token. Only the rotary embedding reads the padded lengths here.
-    whole = cu if transformer_engine else cu[[0, -1]]
     rectangles, restore = ([], None) if transformer_engine else _rectangles(cu_seqlens, lengths, device)
-    return PackedLayout(
+    layout = PackedLayout(
         qkv_format="thd",
         cu_seqlens_q=cu,
         cu_seqlens_kv=cu,
-        cu_seqlens_q_padded=whole,
-        cu_seqlens_kv_padded=whole,
+        cu_seqlens_q_padded=cu,
+        cu_seqlens_kv_padded=cu,
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
         rectangles=rectangles,
         restore=restore,
+        positions=torch.cat([torch.arange(n) for n in lengths]).to(device),
     )
+    return layout if transformer_engine else layout.as_one_sequence()
 
 
 def _rectangles(cu_seqlens: list[int], lengths: list[int], device: torch.device) -> tuple[list[Tensor], Tensor | None]:
@@ -75,15 +85,35 @@ def _rectangles(cu_seqlens: list[int], lengths: list[int], device: torch.device)
 
 
 class PackedAttention(MegatronModule):
-    """Causal attention over packed sequences by torch's scaled_dot_product_attention, with grouped queries and a
-    sliding window."""
+    """Causal attention over packed sequences by torch's scaled_dot_product_attention, with grouped queries, values of
+    another size than keys, a sliding window (in some layers), and attention sinks: a learnt logit of each head that
+    takes its share of the softmax and attends to nothing."""
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, softmax_scale: float | None = None, **_: Any
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **_: Any,
     ) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
+        windowed = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer_number)
+        self.window = config.window_size[0] + 1 if windowed else None  # keys a query sees, itself included
+        self.softmax_offset = None
+        if config.softmax_type == "learnable":
+            assert pg_collection is not None, "megatron tells its attention the process groups"
+            heads = config.num_attention_heads // pg_collection.tp.size()
+            self.softmax_offset = torch.nn.Parameter(torch.empty(heads, dtype=config.params_dtype))
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """The sinks, cut by heads, for megatron's checkpoints."""
+        own = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(own, prefix, {"softmax_offset": 0}, sharded_offsets)
 
     def forward(
         self,
@@ -95,7 +125,7 @@ class PackedAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedLayout | None = None,
     ) -> Tensor:
-        """query [T, h, d], key and value [T, g, d] -> [T, h * d]."""
+        """query [T, h, d], key [T, g, d], value [T, g, v] -> [T, h * v]."""
         assert packed_seq_params is not None, "PackedAttention takes packed sequences only"
         if packed_seq_params.restore is None:
             (shape,) = (rectangle.shape for rectangle in packed_seq_params.rectangles)
@@ -107,18 +137,34 @@ class PackedAttention(MegatronModule):
         return torch.cat(out).index_select(0, packed_seq_params.restore)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[n, m, h or g, d] -> [n * m, h * d]. Padding comes after every real token, so the causal mask hides it."""
-        n, m, h, d = q.shape
-        window = self.config.window_size
-        mask = None
-        if window is not None and m > window[0] + 1:
-            distance = torch.arange(m, device=q.device)[:, None] - torch.arange(m, device=q.device)
-            mask = (distance >= 0) & (distance <= window[0])
+        """[n, m, h or g, d or v] -> [n * m, h * v]. Padding comes after every real token, so the causal mask hides
+        it."""
+        n, m = q.shape[:2]
+        mask = self._mask(m, q.device)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        if self.softmax_offset is not None:
+            mask = self._with_sinks(mask, m, q)
+            k, v = (F.pad(x, (0, 0, 0, 1)) for x in (k, v))  # a key of zeros, whose logit is in the mask
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=mask is None, scale=self.softmax_scale, enable_gqa=True
         )
-        return out.transpose(1, 2).reshape(n * m, h * d)
+        return out.transpose(1, 2).reshape(n * m, -1)
+
+    def _mask(self, m: int, device: torch.device) -> Tensor | None:
+        """[m, m]: the keys that a query sees; None for all up to itself."""
+        if self.window is None or m <= self.window:
+            return None
+        distance = torch.arange(m, device=device)[:, None] - torch.arange(m, device=device)
+        return (distance >= 0) & (distance < self.window)
+
+    def _with_sinks(self, mask: Tensor | None, m: int, q: Tensor) -> Tensor:
+        """[h, m, m + 1]: what is added to the logits, with a column for the sink."""
+        assert self.softmax_offset is not None, "called with sinks only"
+        seen = torch.ones(m, m, dtype=torch.bool, device=q.device).tril() if mask is None else mask
+        hidden = torch.zeros(m, m, dtype=q.dtype, device=q.device).masked_fill(~seen, -torch.inf)
+        h = self.softmax_offset.shape[0]
+        sinks = self.softmax_offset.to(q.dtype)[:, None, None].expand(h, m, 1)
+        return torch.cat((hidden.expand(h, m, m), sinks), dim=-1)
 
 
 def _rows(x: Tensor, rectangle: Tensor) -> Tensor:

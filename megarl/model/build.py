@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.extensions.transformer_engine import HAVE_TE
+from megatron.core.extensions.transformer_engine import HAVE_TE, TENorm
+from megatron.core.fusions.fused_bias_geglu import quick_gelu
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.tensor_parallel import (
+    RowParallelLinear,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
-from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch import Tensor
 
 from megarl.config import Config
 from megarl.model.attention import PackedAttention, RMSNorm
-from megarl.model.family import ModelSpec
+from megarl.model.family import ModelSpec, UnsupportedModel
 from megarl.model.heads import VocabShard, token_logprobs
-from megarl.model.rope import inverse_frequencies
+from megarl.model.latent import LatentAttention, LocalLatentAttention, PackedRotary
+from megarl.model.rope import attention_factor, inverse_frequencies
 from megarl.parallel.mesh import Mesh
 from megarl.weights.names import canonical_parameters
 from megarl.weights.rules import Shard
 from megarl.weights.shard import padded_vocab
+from megarl.weights.stream import first_expert
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -69,6 +76,8 @@ class PolicyModel(GPTModel):
         if self.config.apply_rope_fusion:
             return out
         decoder_input, rotary, *rest = out
+        if rotary is None:  # latent attention has a rotary embedding of its own in every layer
+            return out
         return (decoder_input, rotary[position_ids[0]], *rest)
 
     def _postprocess(
@@ -111,16 +120,20 @@ def transformer_config(cfg: Config, spec: ModelSpec, mesh: Mesh) -> TransformerC
         "normalization": "RMSNorm",
         "layernorm_epsilon": spec.layernorm_epsilon,
         "gated_linear_unit": True,
-        "activation_func": F.silu,
-        "add_bias_linear": False,
+        "add_bias_linear": spec.linear_bias,
         "add_qkv_bias": spec.add_qkv_bias,
         "qk_layernorm": spec.qk_layernorm,
         "window_size": (spec.sliding_window - 1, 0) if spec.sliding_window else None,
+        "window_attn_skip_freq": spec.full_attention_period,
+        "softmax_type": "learnable" if spec.attention_sinks else "vanilla",
+        "softmax_scale": _softmax_scale(spec),
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         # the layout
         "tensor_model_parallel_size": mesh.tp_size,
         "pipeline_model_parallel_size": mesh.pp_size,
+        "expert_model_parallel_size": mesh.ep_size,
+        "expert_tensor_parallel_size": mesh.etp_size,
         "sequence_parallel": cfg.parallel.sequence_parallel,
         "num_layers_in_first_pipeline_stage": cfg.parallel.num_layers_in_first_pipeline_stage,
         "num_layers_in_last_pipeline_stage": cfg.parallel.num_layers_in_last_pipeline_stage,
@@ -140,7 +153,7 @@ def transformer_config(cfg: Config, spec: ModelSpec, mesh: Mesh) -> TransformerC
         "perform_initialization": False,
         "use_cpu_initialization": mesh.device.type == "cpu",
         # fusions that need CUDA kernels
-        "apply_rope_fusion": engine,
+        "apply_rope_fusion": engine and spec.mla is None,
         "bias_activation_fusion": engine,
         "bias_dropout_fusion": engine,
         "masked_softmax_fusion": False,
@@ -149,28 +162,120 @@ def transformer_config(cfg: Config, spec: ModelSpec, mesh: Mesh) -> TransformerC
     }
     if cfg.model.recompute_modules:
         settings["recompute_modules"] = list(cfg.model.recompute_modules)
-    return TransformerConfig(**settings | dict(cfg.model.model_overrides))
+    settings |= _activation(spec) | _experts(spec, engine) | _latent_attention(spec)
+    kind = TransformerConfig if spec.mla is None else MLATransformerConfig
+    return kind(**settings | dict(cfg.model.model_overrides))
 
 
-def layer_spec(
-    cfg: Config, config: TransformerConfig, spec: ModelSpec, mesh: Mesh
-) -> ModuleSpec | TransformerBlockSubmodules:
-    """Transformer Engine's layers, or megatron's local ones with our attention and norms in their places."""
-    if uses_transformer_engine(cfg, mesh.device):
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=spec.qk_layernorm)
-    layer = get_gpt_layer_local_spec(qk_layernorm=spec.qk_layernorm, normalization="RMSNorm")
+def _softmax_scale(spec: ModelSpec) -> float | None:
+    """YaRN lengthens rotated queries and keys by a factor. Where all of a head is rotated that is a factor of the
+    logits, which no fused rotary embedding has to know. None means megatron's own scale."""
+    factor = attention_factor(spec.rope)
+    return None if spec.mla or factor == 1 else factor**2 / math.sqrt(spec.kv_channels)
+
+
+def _activation(spec: ModelSpec) -> dict[str, Any]:
+    if spec.activation == "gpt_oss":
+        return {"activation_func": quick_gelu, "activation_func_clamp_value": 7.0, "glu_linear_offset": 1.0}
+    return {"activation_func": F.silu}
+
+
+def _experts(spec: ModelSpec, engine: bool) -> dict[str, Any]:
+    """Routing as the checkpoint's authors have it. Nothing balances the experts' load unless overrides ask for it:
+    ``moe_aux_loss_coeff`` and ``moe_router_bias_update_rate`` are 0."""
+    if spec.moe is None:
+        return {}
+    moe = spec.moe
+    return {
+        "num_moe_experts": moe.num_experts,
+        "moe_ffn_hidden_size": moe.ffn_hidden_size,
+        "moe_layer_freq": [int(has_experts) for has_experts in moe.layers],
+        "moe_router_topk": moe.topk,
+        "moe_router_pre_softmax": moe.router_pre_softmax,
+        "moe_router_score_function": moe.router_score_function,
+        "moe_router_num_groups": moe.router_num_groups,
+        "moe_router_group_topk": moe.router_group_topk,
+        "moe_router_topk_scaling_factor": moe.router_topk_scaling_factor,
+        "moe_router_enable_expert_bias": moe.router_expert_bias,
+        "moe_router_bias_update_rate": 0.0,
+        "moe_router_dtype": "fp32",  # in 16 bit near ties would choose other experts
+        "moe_shared_expert_intermediate_size": moe.shared_ffn_hidden_size or None,
+        "moe_grouped_gemm": engine,
+    }
+
+
+def _latent_attention(spec: ModelSpec) -> dict[str, Any]:
+    """Of the rotary embedding's settings megatron uses two: `PackedRotary` does the rest."""
+    if spec.mla is None:
+        return {}
+    mla, yarn = spec.mla, spec.rope.type == "yarn"
+    return {
+        "multi_latent_attention": True,
+        "q_lora_rank": mla.q_lora_rank,
+        "kv_lora_rank": mla.kv_lora_rank,
+        "qk_head_dim": mla.qk_head_dim,
+        "qk_pos_emb_head_dim": mla.qk_pos_emb_head_dim,
+        "v_head_dim": mla.v_head_dim,
+        "rope_type": "yarn" if yarn else "rope",
+        # of the logits' scale, which DeepSeek's YaRN changes by itself
+        "rotary_scaling_factor": spec.rope.factor,
+        "mscale_all_dim": spec.rope.mscale_all_dim or 0.0,
+    }
+
+
+def layer_spec(cfg: Config, config: TransformerConfig, spec: ModelSpec, mesh: Mesh) -> TransformerBlockSubmodules:
+    """This stage's layers: Transformer Engine's, or megatron's local ones with our attention and norms in their
+    places."""
+    engine = uses_transformer_engine(cfg, mesh.device)
+    first = get_transformer_layer_offset(config, vp_stage=None, pp_rank=mesh.pp_rank)
+    held = range(first, first + get_num_layers_to_build(config, vp_stage=None, pp_rank=mesh.pp_rank))
+    layer = _engine_layer if engine else _local_layer
+    kinds = {moe: layer(spec, moe) for moe in {spec.is_moe(i) for i in held}}
+    layers = [kinds[spec.is_moe(i)] for i in held]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=TENorm if engine else RMSNorm)
+
+
+def _engine_layer(spec: ModelSpec, moe: bool) -> ModuleSpec:
+    layer = get_gpt_layer_with_transformer_engine_spec(
+        num_experts=spec.moe.num_experts if spec.moe and moe else None,
+        moe_grouped_gemm=moe,
+        qk_layernorm=spec.qk_layernorm,
+        multi_latent_attention=spec.mla is not None,
+    )
+    if spec.mla:
+        layer.submodules.self_attention.module = LatentAttention
+    return layer
+
+
+def _local_layer(spec: ModelSpec, moe: bool) -> ModuleSpec:
+    layer = get_gpt_layer_local_spec(
+        num_experts=spec.moe.num_experts if spec.moe and moe else None,
+        qk_layernorm=spec.qk_layernorm,
+        multi_latent_attention=spec.mla is not None,
+        normalization="RMSNorm",
+    )
     layer.submodules.input_layernorm = RMSNorm
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedAttention
-    if spec.qk_layernorm:
+    if spec.mla:
+        layer.submodules.self_attention.module = LocalLatentAttention
+        attention.kv_layernorm = RMSNorm
+        attention.q_layernorm = RMSNorm if spec.mla.q_lora_rank is not None else IdentityOp
+    elif spec.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    here = get_num_layers_to_build(config, vp_stage=None, pp_rank=mesh.pp_rank)
-    return TransformerBlockSubmodules(layer_specs=[layer] * here, layer_norm=RMSNorm)
+    return layer
 
 
 def build_model(cfg: Config, spec: ModelSpec, mesh: Mesh, temperature: float) -> PolicyModel:
-    """This rank's part of the model, on its device, with uninitialised weights: `load_hf` fills every one of them."""
+    """This rank's part of the model, on its device, with uninitialised weights: `load_hf` fills every one of them.
+
+    Raises UnsupportedModel for what converts but is not computed: multi-token prediction (`ModelSpec.without_mtp` drops
+    it), and what `ModelSpec.untrainable` names.
+    """
+    refused = (*spec.untrainable(), *(["multi-token-prediction layers"] if spec.mtp_num_layers else []))
+    if refused:
+        raise UnsupportedModel(f"a {spec.family.name} model with {'; '.join(refused)} converts, but cannot be trained")
     config = transformer_config(cfg, spec, mesh)
     model = PolicyModel(
         config=config,
@@ -188,21 +293,40 @@ def build_model(cfg: Config, spec: ModelSpec, mesh: Mesh, temperature: float) ->
         entropy_gradient=cfg.loss.entropy_coef != 0,
     )
     # One formula for every rope type, not megatron's: theirs hard-codes Llama 3's constants.
-    model.rotary_pos_emb.inv_freq = inverse_frequencies(spec.rope, spec.kv_channels).to(mesh.device)
-    mark_shards(model, spec)
+    if spec.mla:
+        for layer in model.decoder.layers:
+            rotary = PackedRotary(spec.rope, spec.mla.qk_pos_emb_head_dim, mesh.device)
+            layer.self_attention.rotary_pos_emb = rotary
+    else:
+        model.rotary_pos_emb.inv_freq = inverse_frequencies(spec.rope, spec.kv_channels).to(mesh.device)
+    for module in model.modules():
+        # Each rank has all of an expert with biases, so there is nothing to sum. Megatron adds the bias in place, which
+        # autograd forbids of a sum's result.
+        if spec.linear_bias and isinstance(module, RowParallelLinear) and module.is_expert:
+            module.explicit_expert_comm = True
+    mark_shards(model, spec, mesh)
     return model.to(mesh.device)
 
 
-def mark_shards(model: PolicyModel, spec: ModelSpec) -> None:
+def mark_shards(model: PolicyModel, spec: ModelSpec, mesh: Mesh) -> None:
     """Tell megatron which parameters tensor parallelism cuts, as its own initialisation, which we leave out, would
-    have.
+    have, and which are experts'.
 
     Without the mark a parameter counts as a replica: the gradient norm would be that of the first tensor-parallel rank.
     """
     shards = {tensor.name: tensor for tensor in spec.tensors()}
-    for name, parameter in canonical_parameters(model, spec.tied):
+    # Else they are like the rest: megatron's two layouts are one.
+    apart = mesh.ep_size > 1 or mesh.etp_size != mesh.tp_size
+    for name, parameter in canonical_parameters(model, spec, first_expert(spec, mesh)):
         tensor = shards[name]
         if tensor.shard is not Shard.REPLICATED:
             parameter.tensor_model_parallel = True
             parameter.partition_dim = 1 if tensor.shard is Shard.ROW else 0
             parameter.partition_stride = tensor.stride
+        if tensor.expert is not None and apart:
+            # Reduced over the experts' replicas. Megatron goes by EP alone, but ETP < TP also makes replicas of them.
+            parameter.allreduce = False
+            # No rank of the tensor-parallel group has this expert's tokens, or this expert, again. Megatron-core 0.16.1
+            # and 0.19.2 sum biases with sequence parallelism over it, and 0.16.1 counts them on its first rank only.
+            parameter.sequence_parallel = False
+            parameter.tensor_model_parallel = True

@@ -17,8 +17,7 @@ from megarl.model.attention import packed_layout
 from megarl.model.build import build_model
 from megarl.model.family import read_spec
 from megarl.parallel.mesh import build_mesh
-from megarl.weights.convert import load_hf
-from megarl.weights.hf_files import HFCheckpoint
+from megarl.weights.load import load_hf
 
 
 @dataclass(frozen=True)
@@ -64,9 +63,7 @@ def megatron_logits(path: str | Path, tokens: Tensor) -> Tensor:
     mesh = build_mesh(cfg)
     with mesh.platform():
         model = build_model(cfg, spec, mesh, temperature=1.0).eval()
-        checkpoint = HFCheckpoint(path)
-        load_hf(model, spec, mesh, checkpoint)
-        checkpoint.close()
+        load_hf(model, spec, mesh, path)
         layout = packed_layout([0, len(tokens)], mesh.device, transformer_engine=False)
         positions = torch.arange(len(tokens))
         logits: Tensor = model(tokens[None], positions[None], None, packed_seq_params=layout)[0, :, : spec.vocab_size]

@@ -13,6 +13,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,8 +30,9 @@ from megarl.model.build import build_model, uses_transformer_engine
 from megarl.model.family import ModelSpec
 from megarl.model.optimizer import build_optimizer, build_scheduler
 from megarl.parallel.mesh import Mesh
-from megarl.weights.convert import WeightStream, load_hf
-from megarl.weights.hf_files import HFCheckpoint
+from megarl.weights.load import load_hf
+from megarl.weights.save import save_hf
+from megarl.weights.stream import Deal, WeightStream, to_all
 
 # (log-probabilities [T], batch) -> (loss [T], metrics {name: [T]})
 Loss = Callable[[Tensor, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
@@ -52,13 +54,11 @@ class Engine:
         """
         self.cfg = cfg
         self.mesh = mesh
-        self.spec = spec
+        self.spec = spec = spec.without_mtp()  # they predict further tokens, which no loss here asks for
         self.transformer_engine = uses_transformer_engine(cfg, mesh.device)
         with mesh.platform():
             model = build_model(cfg, spec, mesh, temperature)
-            checkpoint = HFCheckpoint(cfg.model.path)
-            load_hf(model, spec, mesh, checkpoint)
-            checkpoint.close()
+            load_hf(model, spec, mesh, cfg.model.path)
             ddp = DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
                 use_distributed_optimizer=cfg.optimizer.use_distributed_optimizer,
@@ -135,9 +135,14 @@ class Engine:
         finally:
             weights.exchange(self.model.module)
 
-    def stream(self, bucket_bytes: int) -> WeightStream:
+    def stream(self, bucket_bytes: int, deal: Deal = to_all) -> WeightStream:
         """The model as HF tensors; see `WeightStream`."""
-        return WeightStream(self.model.module, self.spec, self.mesh, bucket_bytes)
+        return WeightStream(self.model.module, self.spec, self.mesh, bucket_bytes, deal)
+
+    def save_hf(self, path: str | Path, bucket_bytes: int) -> None:
+        """Write the model as a Hugging Face directory, in place of one that is there; see `megarl.weights.save`."""
+        model, source = self.model.module, self.cfg.model.path
+        save_hf(model, self.spec, self.mesh, path, source, bucket_bytes=bucket_bytes, overwrite=True)
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 
@@ -149,6 +154,10 @@ class Engine:
         batches = [self._pack([samples[i] for i in group], loss_agg_mode) for group in groups]
         if not batches:  # a replica without samples still takes part: one microbatch that counts for nothing
             batches = [self._pack([_nothing()], loss_agg_mode)]
+        if self.mesh.ep_size > 1:  # replicas exchange tokens in every microbatch, so all have as many
+            most = torch.tensor([len(batches)])
+            dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.mesh.host_group)
+            batches += [self._pack([_nothing()], loss_agg_mode) for _ in range(int(most) - len(batches))]
         place = {i: at for at, i in enumerate(i for group in groups for i in group)}
         return batches, [place[i] for i in range(len(samples))]
 
@@ -225,7 +234,8 @@ class Engine:
 
     def _refuse_poison(self, metrics: dict[str, float], samples: list[Sample]) -> None:
         """Raise on every rank if the loss, or any rank's gradient, is not a finite number."""
-        gradients = sum(buffer.grad_data.sum().float() for buffer in self.model.buffers)
+        buffers = (*self.model.buffers, *self.model.expert_parallel_buffers)
+        gradients = sum(buffer.grad_data.sum().float() for buffer in buffers)
         finite = bool(torch.isfinite(gradients)) and math.isfinite(metrics["loss"])
         flag = torch.tensor([not finite], dtype=torch.int, device=self.mesh.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)

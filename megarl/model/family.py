@@ -94,6 +94,12 @@ class ModelSpec:
     activation: str = "silu"  # silu | gpt_oss (clamped quick-gelu with a shifted linear part)
     not_computed: tuple[str, ...] = ()  # what of the config no megatron model here computes: converts, cannot train
 
+    def untrainable(self) -> tuple[str, ...]:
+        """`not_computed`, and what megatron-core refuses."""
+        moe = self.moe
+        alone = moe and moe.topk == 1 and moe.router_score_function == "softmax" and not moe.router_pre_softmax
+        return (*self.not_computed, *(["one expert a token, whose weight is always 1"] if alone else []))
+
     def tensors(self) -> list[CanonTensor]:
         """Every weight, static, in streaming order."""
         return compile_rules(self.family.weights, self)

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 # Factories that megatron-core calls with device="cuda" (schedules, clip_grads, optimizer, mappings).
 _FACTORIES = ("zeros", "ones", "empty", "full", "tensor", "arange", "rand", "randn", "as_tensor")
@@ -112,24 +113,96 @@ def _torch_patches() -> list[tuple[Any, str, Any]]:
 
 def _megatron_patches() -> list[tuple[Any, str, Any]]:
     # Imported here: with CUDA this module must not be the one that first imports megatron.
+    from megatron.core.tensor_parallel import mappings
     from megatron.core.tensor_parallel import random as rng
+    from megatron.core.transformer.moe import token_dispatcher
 
     # The tracker itself is left as it is: with these two it forks, saves and restores the CPU generator for real.
     return [
         (rng, "_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state()),
         (rng, "_set_cuda_rng_state", lambda state, *args, **kwargs: torch.set_rng_state(state)),
+        # Only a copy from CUDA turns the sizes of all-to-all's parts into what torch.distributed takes.
+        (token_dispatcher, "maybe_move_tensor_to_cpu", _as_if_moved),
+        # gloo gathers and scatters parts of one size only; experts' ranks have different numbers of tokens.
+        (mappings, "_gather_along_first_dim", _gather_uneven(mappings._gather_along_first_dim)),
+        (mappings, "_reduce_scatter_along_first_dim", _scatter_uneven(mappings._reduce_scatter_along_first_dim)),
+    ]
+
+
+def _gather_uneven(even: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def gather(
+        x: torch.Tensor, group: dist.ProcessGroup, sizes: list[int] | None = None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return even(x, group, sizes, *args, **kwargs)
+        padded = x.new_zeros((max(sizes), *x.shape[1:]))
+        padded[: len(x)] = x
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=group)
+        return torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)])
+
+    return gather
+
+
+def _scatter_uneven(even: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def scatter(
+        x: torch.Tensor, group: dist.ProcessGroup, sizes: list[int] | None = None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        if sizes is None or group.size() == 1:
+            return even(x, group, sizes, *args, **kwargs)
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total.split(sizes)[group.rank()]
+
+    return scatter
+
+
+def _as_if_moved(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+def _transformer_engine_patches() -> list[tuple[Any, str, Any]]:
+    """What megatron-core 0.16.1 gets wrong about a Transformer Engine that is not installed; 0.19.2 has it so."""
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+    from megatron.core.transformer import multi_latent_attention
+    from megatron.core.transformer.moe import moe_utils
+
+    if HAVE_TE:
+        return []
+    return [
+        (moe_utils, "te_general_gemm", None),  # the router asks whether it is None, but it is not there
+        (multi_latent_attention, "HAVE_TE", False),  # the names it imports are there, but are no classes
     ]
 
 
 @contextlib.contextmanager
 def megatron_on_cpu() -> Iterator[None]:
     """Let megatron-core's CUDA calls mean the CPU inside the ``with``. Entering it twice is harmless."""
+    with _patched([*_torch_patches(), *_megatron_patches(), *_transformer_engine_patches()]):
+        yield
+
+
+@contextlib.contextmanager
+def megatron_on_cuda() -> Iterator[None]:
+    """Let megatron-core build and run experts and latent attention where Transformer Engine is not installed."""
+    with _patched(_transformer_engine_patches()):
+        yield
+
+
+_ABSENT = object()
+
+
+@contextlib.contextmanager
+def _patched(patches: list[tuple[Any, str, Any]]) -> Iterator[None]:
     saved: list[tuple[Any, str, Any]] = []
     try:
-        for owner, name, value in _torch_patches() + _megatron_patches():
-            saved.append((owner, name, getattr(owner, name)))
+        for owner, name, value in patches:
+            saved.append((owner, name, getattr(owner, name, _ABSENT)))
             setattr(owner, name, value)
         yield
     finally:
         for owner, name, value in reversed(saved):
-            setattr(owner, name, value)
+            if value is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)

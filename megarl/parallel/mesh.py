@@ -1,7 +1,8 @@
 """The mesh: who this rank is, and which groups it talks in. Built once, passed down, never imported as a global.
 
 This is the only reader of megatron's ``parallel_state``. Ranks are laid out as Megatron lays them (tp fastest, then dp,
-then pp): neighbours in a tensor-parallel group are neighbours on a node.
+then pp; for experts etp fastest, then ep, then the replicas, then pp): neighbours in a tensor-parallel group are
+neighbours on a node. Expert parallelism divides the experts over ranks that otherwise are tensor and data parallel.
 """
 
 from __future__ import annotations
@@ -35,9 +36,15 @@ class Mesh:
     pp_rank: int
     dp_size: int
     dp_rank: int
+    ep_size: int
+    ep_rank: int
+    etp_size: int  # tensor parallelism of the experts' matrices
+    etp_rank: int
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
+    replica_group: dist.ProcessGroup  # the fewest ranks around this one that together hold the whole model
+    replica_ranks: list[int]  # global ranks of replica_group, in its order
     host_group: dist.ProcessGroup  # every rank, over gloo: for data that lives in host memory
     groups: ProcessGroupCollection
 
@@ -61,15 +68,15 @@ class Mesh:
     @contextlib.contextmanager
     def platform(self) -> Iterator[None]:
         """Enter before calling into megatron-core: on a machine without CUDA its CUDA calls then mean the CPU."""
-        if self.device.type == "cuda":
+        with cpu.megatron_on_cuda() if self.device.type == "cuda" else cpu.megatron_on_cpu():
             yield
-        else:
-            with cpu.megatron_on_cpu():
-                yield
 
     def describe(self) -> str:
         where = f"{self.world_size} x {self.device.type}"
-        return f"{where}: TP {self.tp_size}, PP {self.pp_size}, DP {self.dp_size}"
+        experts = (
+            f", EP {self.ep_size}, ETP {self.etp_size}" if self.ep_size > 1 or self.etp_size != self.tp_size else ""
+        )
+        return f"{where}: TP {self.tp_size}, PP {self.pp_size}, DP {self.dp_size}{experts}"
 
     def close(self) -> None:
         """Leave together: a rank that exits first makes the others' last collective fail."""
@@ -112,11 +119,15 @@ def build_mesh(cfg: Config) -> Mesh:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=cfg.parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=cfg.parallel.pipeline_model_parallel_size,
+            expert_model_parallel_size=cfg.parallel.expert_model_parallel_size,
+            expert_tensor_parallel_size=cfg.parallel.expert_tensor_parallel_size,  # None: as the rest of the model
             distributed_timeout_minutes=cfg.run.deadline_s / 60,
             create_gloo_process_groups=False,
         )
         _seed_rng_tracker(cfg.run.seed)
     groups = ProcessGroupCollection.use_mpu_process_groups()
+    # One of the two contains the other: TP and EP x ETP divide one another, and both count neighbours first.
+    replica = max(groups.mp, groups.tp_ep_pp, key=dist.ProcessGroup.size)
     return Mesh(
         device=device,
         rank=dist.get_rank(),
@@ -127,9 +138,15 @@ def build_mesh(cfg: Config) -> Mesh:
         pp_rank=groups.pp.rank(),
         dp_size=groups.dp.size(),
         dp_rank=groups.dp.rank(),
+        ep_size=groups.ep.size(),
+        ep_rank=groups.ep.rank(),
+        etp_size=groups.expt_tp.size(),
+        etp_rank=groups.expt_tp.rank(),
         tp_group=groups.tp,
         pp_group=groups.pp,
         dp_group=groups.dp,
+        replica_group=replica,
+        replica_ranks=dist.get_process_group_ranks(replica),
         host_group=host_group,
         groups=groups,
     )

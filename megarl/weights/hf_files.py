@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,7 +17,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from megarl.weights.quantized import (
     BLOCK,
@@ -365,65 +362,3 @@ def _check_inside(path: Path, segment: Segment, shape: tuple[int, ...]) -> None:
     past = segment.index is not None and segment.index >= shape[0]
     if past or any(end > size for end, size in zip(ends, sizes, strict=False)):
         raise CheckpointError(f"{path}: tensor {segment.hf} of shape {shape} has no block {segment}")
-
-
-class HFWriter:
-    """Writes tensors into ``model-0000k.safetensors`` files of bounded size and, last, a correct index.
-
-    The directory appears under its name only when all of it is written: until then it is ``<name>.incomplete``.
-    """
-
-    def __init__(self, path: str | Path, max_file_bytes: int = 5 << 30) -> None:
-        self.path = Path(path)
-        self.max_file_bytes = max_file_bytes
-        self._partial = self.path.with_name(self.path.name + ".incomplete")
-        shutil.rmtree(self._partial, ignore_errors=True)
-        self._partial.mkdir(parents=True)
-        self._pending: dict[str, torch.Tensor] = {}
-        self._pending_bytes = 0
-        self._files: list[list[str]] = []
-        self._total_bytes = 0
-        self._dtype: torch.dtype | None = None
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        size = tensor.numel() * tensor.element_size()
-        if self._pending and self._pending_bytes + size > self.max_file_bytes:
-            self._flush()
-        self._pending[name] = tensor.detach().to("cpu").contiguous()
-        self._pending_bytes += size
-        self._dtype = tensor.dtype
-
-    def _say_dtype(self) -> None:
-        """Readers take the dtype from config.json, which may come from a checkpoint in another one."""
-        path = self._partial / "config.json"
-        config = json.loads(path.read_text())
-        key = "torch_dtype" if "torch_dtype" in config else "dtype"  # the older and the newer transformers' name
-        config[key] = str(self._dtype).removeprefix("torch.")
-        path.write_text(json.dumps(config, indent=2) + "\n")
-
-    def _flush(self) -> None:
-        save_file(self._pending, self._partial / f"part-{len(self._files)}", metadata={"format": "pt"})
-        self._files.append(list(self._pending))
-        self._total_bytes += self._pending_bytes
-        self._pending, self._pending_bytes = {}, 0
-
-    def finish(self, carry_from: str | Path) -> None:
-        """Write the last file and the index, carry config and tokenizer files over from ``carry_from``, and rename."""
-        if self._pending:
-            self._flush()
-        count = len(self._files)
-        weight_map = {}
-        for k, names in enumerate(self._files):
-            file = SINGLE if count == 1 else f"model-{k + 1:05d}-of-{count:05d}.safetensors"
-            os.rename(self._partial / f"part-{k}", self._partial / file)
-            weight_map.update(dict.fromkeys(names, file))
-        if count > 1:
-            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-            (self._partial / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        for file in sorted(Path(carry_from).iterdir()):
-            if file.is_file() and file.suffix in _CARRIED_SUFFIXES and not file.name.endswith("index.json"):
-                shutil.copyfile(file, self._partial / file.name)
-        self._say_dtype()
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        os.rename(self._partial, self.path)

@@ -1,17 +1,28 @@
-"""Weights from the trainer to the vLLM engine in the same process, in memory, a bucket at a time."""
+"""Weights from the trainer to vLLM, in memory, a bucket at a time."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Protocol
 
+import torch.distributed as dist
 from torch import Tensor
 
-from megarl.weights.convert import WeightStream
+from megarl.model.family import ModelSpec
+from megarl.parallel.mesh import Mesh
+from megarl.rollout.vllm_layout import kept_by
+from megarl.weights.plan import Box, Item, Needs
+from megarl.weights.rules import CanonTensor
+from megarl.weights.stream import Deal, WeightStream
+
+
+class SyncError(RuntimeError):
+    """vLLM does not hold the trainer's weights."""
 
 
 class Receiver(Protocol):
-    """What a rollout engine offers: `megarl.rollout.vllm_engine.VLLMEngine`."""
+    """What takes weights: `megarl.rollout.vllm_engine.VLLMEngine`, in this process; `megarl.rollout.remote` for servers
+    in others."""
 
     def wake_weights(self) -> None: ...
 
@@ -19,12 +30,53 @@ class Receiver(Protocol):
 
     def wake_kv_cache(self) -> None: ...
 
+    def checksums(self) -> dict[str, int]: ...
 
-def push(stream: WeightStream, engine: Receiver) -> None:
-    """Give the engine the trainer's current weights. A collective over all ranks.
+    def parameters_not_loaded(self) -> set[str]: ...
 
-    The engine's cache takes memory only after the last bucket is gone, so the peak is weights plus a bucket.
+
+def to_engines(spec: ModelSpec, mesh: Mesh, tensor_parallel_size: int) -> Deal:
+    """For engines in the trainers' processes, ``tensor_parallel_size`` consecutive ranks each: every rank gets what its
+    part of vLLM keeps."""
+    kept = kept_by(spec, tensor_parallel_size)
+
+    def needs(position: int, tensor: CanonTensor, name: str) -> Box:
+        return kept(mesh.replica_ranks[position] % tensor_parallel_size, tensor, name)
+
+    def deal(items: list[Item]) -> tuple[list[Item], Needs]:
+        return items, needs
+
+    return deal
+
+
+def push(stream: WeightStream, receiver: Receiver, *, verify: bool = False) -> list[str]:
+    """Give vLLM the trainer's current weights. A collective over all ranks.
+
+    vLLM's cache takes memory only after the last bucket is gone, so the peak is weights plus two buckets.
+
+    With ``verify`` the weights are sent twice, and what vLLM computes with must be the same, bit for bit, after both:
+    then it was the trainer's after the first. Raises SyncError on all ranks, naming vLLM's tensors that changed.
+
+    Returns:
+        vLLM's parameters that were not compared, because no weight of the trainer's goes into them.
     """
-    engine.wake_weights()
-    engine.load_weights(iter(stream))
-    engine.wake_kv_cache()
+    receiver.wake_weights()
+    receiver.load_weights(iter(stream))
+    not_compared = _verify(stream, receiver) if verify else []
+    receiver.wake_kv_cache()
+    return not_compared
+
+
+def _verify(stream: WeightStream, receiver: Receiver) -> list[str]:
+    held = receiver.checksums()
+    receiver.load_weights(iter(stream))
+    sent = receiver.checksums()
+    differ = sorted(name for name in held.keys() | sent.keys() if held.get(name) != sent.get(name))
+    everywhere: list[list[str]] = [[] for _ in range(stream.mesh.world_size)]
+    dist.all_gather_object(everywhere, differ, group=stream.mesh.host_group)
+    found = [f"rank {rank}: {', '.join(names)}" for rank, names in enumerate(everywhere) if names]
+    if found:
+        raise SyncError(
+            "vLLM did not hold the trainer's weights after a push (weight_sync.verify):\n  " + "\n  ".join(found)
+        )
+    return sorted(receiver.parameters_not_loaded())

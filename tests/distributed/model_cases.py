@@ -15,7 +15,7 @@ from megarl.model.engine import Engine, HostWeights, NonFiniteError
 from megarl.model.family import read_spec
 from megarl.parallel.collectives import exchange_samples
 from megarl.parallel.mesh import Mesh, build_mesh
-from megarl.weights.convert import WeightStream, save_hf
+from megarl.weights.stream import WeightStream
 
 
 def engine_of(
@@ -33,22 +33,21 @@ def streamed(recipe: str, model: str, overrides: list[str], bucket_bytes: int, s
     """The whole model as HF tensors, from small buckets; also written to ``save_to``."""
     engine = engine_of(recipe, model, overrides)
     stream = engine.stream(bucket_bytes)
-    save_hf(stream, save_to, carry_from=model)
+    engine.save_hf(save_to, bucket_bytes)
     return {name: tensor.numpy() for name, tensor in stream}
 
 
 def bytes_read(recipe: str, model: str, overrides: list[str]) -> tuple[int, int]:
     """(bytes that loading read, bytes of this rank's parameters without vocabulary padding)."""
     from megarl.model.build import build_model
-    from megarl.weights.convert import load_hf
-    from megarl.weights.hf_files import HFCheckpoint
+    from megarl.weights.load import load_hf
 
     cfg = load([recipe, f"model.path={model}", *overrides])
     mesh = build_mesh(cfg)
     with mesh.platform():
         spec = read_spec(model)
         built = build_model(cfg, spec, mesh, temperature=1.0)
-        read = load_hf(built, spec, mesh, HFCheckpoint(model))
+        read = load_hf(built, spec, mesh, model)
     padding = sum(p.numel() for p in built.parameters() if p.shape[0] > 0 and bool((p == 0).all()))
     return read, 4 * (sum(p.numel() for p in built.parameters()) - padding)
 

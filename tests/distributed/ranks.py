@@ -6,6 +6,7 @@ environment set; what it returns on each rank comes back as a list.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -83,3 +84,20 @@ def _serve(rank: int, pipe: Connection) -> None:
 
             parallel_state.destroy_model_parallel()
             dist.destroy_process_group()
+        _forget_models()
+
+
+def _forget_models() -> None:
+    """Free the case's models: they hold process groups, whose threads would spin once the other ranks' are gone.
+
+    Megatron's token dispatchers keep the last forward pass's probabilities, whose graph leads back to the model by ways
+    that Python's collector does not see.
+    """
+    import torch
+
+    for thing in gc.get_objects():
+        if type(thing).__name__.endswith("TokenDispatcher"):
+            graphs = [name for name, x in vars(thing).items() if isinstance(x, torch.Tensor) and x.requires_grad]
+            for name in graphs:
+                setattr(thing, name, None)
+    gc.collect()

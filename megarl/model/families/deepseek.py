@@ -28,14 +28,12 @@ ATTENTION = (
         _ATTN + "linear_q_down_proj.weight",
         _HF_ATTN + "q_a_proj.weight",
         ("q_lora_rank", "hidden_size"),
-        Shard.DOWN,
         when="q_lora",
     ),
     Copy(
         _ATTN + "linear_kv_down_proj.weight",
         _HF_ATTN + "kv_a_proj_with_mqa.weight",
         ("mla_kv_down_size", "hidden_size"),
-        Shard.DOWN,
     ),
     Copy(
         _ATTN + "linear_q_up_proj.layer_norm_weight",
@@ -119,7 +117,7 @@ def experts(hf: dict[str, Any]) -> dict[str, Any]:
         ffn_hidden_size=hf["moe_intermediate_size"],
         topk=topk,
         layers=tuple(i >= dense and i % period == 0 for i in range(hf["num_hidden_layers"])),
-        router_pre_softmax=not biased and not hf.get("norm_topk_prob", False),
+        router_pre_softmax=not biased,
         router_score_function="sigmoid" if biased else "softmax",
         router_num_groups=hf["n_group"] if grouped else None,
         router_group_topk=hf["topk_group"] if grouped else None,
@@ -127,17 +125,29 @@ def experts(hf: dict[str, Any]) -> dict[str, Any]:
         router_expert_bias=biased,
         shared_ffn_hidden_size=hf["moe_intermediate_size"] * (hf.get("n_shared_experts") or 0),
     )
-    # Megatron scores a group by the sum of its best topk / group_topk experts; V3 by its best two, V2 by its best one.
-    scored_by = 2 if biased else 1
-    wrong = grouped and topk / hf["topk_group"] != scored_by
-    refused = f"groups of experts scored by their best {scored_by} where megatron takes {topk} / {hf.get('topk_group')}"
     layers = hf.get("num_nextn_predict_layers") or 0
     return {
         "moe": moe,
-        "not_computed": (refused,) if wrong else (),
+        "not_computed": not_computed(hf, biased, grouped),
         "mtp_num_layers": layers,
         "mtp_in_checkpoint": layers,
     }
+
+
+def not_computed(hf: dict[str, Any], biased: bool, grouped: bool) -> tuple[str, ...]:
+    """Megatron scores a group of experts by the sum of its best topk / group_topk; V3 by its best two, V2 by its best
+    one. Megatron normalises sigmoid scores always, and HF's V2 never."""
+    refused = []
+    topk, scored_by = hf["num_experts_per_tok"], 2 if biased else 1
+    if grouped and topk / hf["topk_group"] != scored_by:
+        refused.append(
+            f"groups of experts scored by their best {scored_by} where megatron takes {topk} / {hf['topk_group']}"
+        )
+    if bool(hf.get("norm_topk_prob", biased)) != biased:
+        refused.append(f"norm_topk_prob {hf['norm_topk_prob']}")
+    if not hf.get("rope_interleave", True):
+        refused.append("rope_interleave false")
+    return tuple(refused)
 
 
 FAMILY = Family(

@@ -50,8 +50,9 @@ def differences(hf: dict[str, Any]) -> dict[str, Any]:
         raise UnsupportedModel(f"layer_types {kinds}: only sliding and full attention in turn are computed")
     if not hf.get("attention_bias", True):
         raise UnsupportedModel("attention_bias: gpt-oss without biases is not computed")
-    if hf.get("swiglu_limit", 7.0) != 7.0:
-        raise UnsupportedModel(f"swiglu_limit {hf['swiglu_limit']}: only 7.0 is computed")
+    for name, computed in (("swiglu_limit", 7.0), ("swiglu_alpha", 1.702)):
+        if hf.get(name, computed) != computed:
+            raise UnsupportedModel(f"{name} {hf[name]}: only {computed} is computed")
     moe = MoE(
         num_experts=hf["num_local_experts"],
         ffn_hidden_size=hf["intermediate_size"],

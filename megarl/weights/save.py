@@ -1,0 +1,95 @@
+"""A live model as a Hugging Face directory: every rank writes whole files, straight from the exchange into the mapped
+file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megarl.model.family import ModelSpec
+from megarl.parallel.mesh import Mesh
+from megarl.weights.hf_writer import HFDirectory, HFTensor, OpenFile, PlannedFile, plan_files
+from megarl.weights.plan import EVERYTHING, Box, Item, Needs, with_copies
+from megarl.weights.rules import CanonTensor
+from megarl.weights.stream import WeightStream
+
+MAX_FILE_BYTES = 5 << 30
+
+
+def save_hf(
+    model: torch.nn.Module,
+    spec: ModelSpec,
+    mesh: Mesh,
+    path: str | Path,
+    carry_from: str | Path,
+    *,
+    bucket_bytes: int,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    overwrite: bool = False,
+) -> None:
+    """Write what transformers and vLLM load. A collective over all ranks.
+
+    Files are dealt to ranks in turn, replicas included. A rank gets the tensors of one of its files at a time, and of
+    no other rank's. Config and tokenizer come from ``carry_from``; the directory has its name only when all of it is
+    on disk.
+    """
+    files: list[PlannedFile] = []
+
+    def deal(items: list[Item]) -> tuple[list[Item], Needs]:
+        items = with_copies(items, spec.duplicates())
+        files.extend(plan_files([HFTensor(i.name, i.shape, i.dtype) for i in items], max_file_bytes))
+        writer = {t.name: k % mesh.world_size for k, file in enumerate(files) for t in file.tensors}
+
+        def needs(position: int, tensor: CanonTensor, name: str) -> Box | None:
+            return EVERYTHING if writer[name] == mesh.replica_ranks[position] else None
+
+        return _side_by_side(items, files, mesh.world_size), needs
+
+    stream = WeightStream(model, spec, mesh, bucket_bytes, deal)
+    directory = HFDirectory(path, files, overwrite=overwrite)
+    if mesh.rank == 0:
+        directory.begin()
+    dist.barrier(group=mesh.host_group)
+    _write(stream, directory)
+    dist.barrier(group=mesh.host_group)
+    if mesh.rank == 0:
+        dropped = spec.mtp_in_checkpoint > spec.mtp_num_layers
+        changes = {"num_nextn_predict_layers": spec.mtp_num_layers} if dropped else None
+        directory.finish(carry_from, config_changes=changes)
+    dist.barrier(group=mesh.host_group)
+
+
+def _side_by_side(items: list[Item], files: list[PlannedFile], world_size: int) -> list[Item]:
+    """Tensors in the order in which they travel: those of as many files as there are ranks, in turn, so that all ranks
+    write at the same time."""
+    by_name = {item.name: item for item in items}
+    out = []
+    for first in range(0, len(files), world_size):
+        for row in zip_longest(*(file.tensors for file in files[first : first + world_size])):
+            out += [by_name[tensor.name] for tensor in row if tensor is not None]
+    return out
+
+
+def _write(stream: WeightStream, directory: HFDirectory) -> None:
+    """Fill this rank's files, one after the other, each on disk before the next begins."""
+    file_of = {tensor.name: file for file in directory.files for tensor in file.tensors}
+    being_filled: dict[str, OpenFile] = {}
+    left: Counter[str] = Counter()
+
+    def place(name: str) -> torch.Tensor:
+        file = file_of[name]
+        if file.name not in being_filled:
+            being_filled[file.name] = file.open(directory.partial)
+            left[file.name] = len(file.tensors)
+        return being_filled[file.name].tensor(name)
+
+    for name, _ in stream.tensors(place):
+        file = file_of[name].name
+        left[file] -= 1
+        if left[file] == 0:
+            being_filled.pop(file).finish()
+    assert not being_filled, f"tensors that did not come: {left}"

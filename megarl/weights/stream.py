@@ -1,0 +1,146 @@
+"""A live model as a stream of Hugging Face tensors, in bounded memory: what pushes to vLLM and exports consume.
+
+Ranks exchange blocks of their parameters by a static plan (`megarl.weights.plan`), one collective a bucket. While a
+bucket's tensors are used, the next bucket is already on its way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megarl.model.family import ModelSpec
+from megarl.parallel.mesh import Mesh
+from megarl.weights.exchange import Place, pack, room, unpack
+from megarl.weights.names import canonical_parameters
+from megarl.weights.plan import (
+    Block,
+    Bucket,
+    Held,
+    Holders,
+    Item,
+    Needs,
+    items_of,
+    make_plan,
+    share_of,
+    whole,
+)
+from megarl.weights.rules import CanonTensor
+
+# The model's tensors, in streaming order -> the tensors that travel, in order, and who needs what of them (ranks by
+# their position in `Mesh.replica_ranks`).
+Deal = Callable[[list[Item]], tuple[list[Item], Needs]]
+
+
+def to_all(items: list[Item]) -> tuple[list[Item], Needs]:
+    """Every rank gets every tensor."""
+    return items, whole
+
+
+def tensor_parallel(tensor: CanonTensor, mesh: Mesh) -> tuple[int, int]:
+    """(size, rank) of the tensor parallelism that cuts a tensor: experts have their own."""
+    return (mesh.tp_size, mesh.tp_rank) if tensor.expert is None else (mesh.etp_size, mesh.etp_rank)
+
+
+class WeightStream:
+    """The model as ``(HF name, tensor)`` pairs, layer by layer; on each rank those that ``deal`` gives it a box of.
+
+    A tensor has its full shape, and what lies outside the box is arbitrary. It may be a view of the model's own
+    parameters or of a buffer: copy what you keep. Iterating is a collective over the ranks of a model replica
+    (``mesh.replica_group``), each of which iterates to the end. What travels, and when, is settled here, once:
+    iterating exchanges no names, shapes or sizes.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        spec: ModelSpec,
+        mesh: Mesh,
+        bucket_bytes: int,
+        deal: Deal = to_all,
+        value: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach,
+    ) -> None:
+        """
+        Args:
+            bucket_bytes: no rank's buffers for one exchange take more, unless one tensor alone does.
+            deal: which tensors travel, in which order, and what of them each rank gets.
+            value: what of a parameter is streamed: its weights, or, to compare layouts, its gradient.
+        """
+        self.mesh = mesh
+        self.parameters = dict(canonical_parameters(model, spec, first_expert(spec, mesh)))
+        self.value = value
+        tensors = {tensor.name: tensor for tensor in spec.tensors()}
+        holders = Holders(tensors.values(), self._held(tensors))
+        self.items, needs = deal(items_of(tensors.values(), holders.dtypes))
+        size, position = len(mesh.replica_ranks), mesh.replica_ranks.index(mesh.rank)
+        self.buckets = make_plan(self.items, holders, needs, size, position, bucket_bytes)
+
+    @property
+    def metadata(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
+        """(name, shape, dtype) of every tensor of the stream, in its order: static, the same on every rank."""
+        return [(item.name, item.shape, item.dtype) for item in self.items]
+
+    def _held(self, tensors: dict[str, CanonTensor]) -> list[dict[str, Held]]:
+        """What each rank of the replica holds. The only exchange of names."""
+        mine = {}
+        for name, parameter in self.parameters.items():
+            cut, cuts = share_of(tensors[name], tuple(parameter.shape), *tensor_parallel(tensors[name], self.mesh))
+            mine[name] = Held(cut, cuts, self.value(parameter).dtype)
+        held: list[dict[str, Held]] = [{} for _ in self.mesh.replica_ranks]
+        dist.all_gather_object(held, mine, group=self.mesh.replica_group)
+        return held
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self.tensors()
+
+    @torch.no_grad()
+    def tensors(self, place: Place | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """The pairs; with a ``place``, each tensor in the place (of its shape and dtype) that this gives for its
+        name."""
+        unfinished: dict[str, torch.Tensor] = {}
+        on_its_way = self._send(self.buckets[0])
+        for k, bucket in enumerate(self.buckets):
+            arrived = on_its_way.wait()
+            if k + 1 < len(self.buckets):
+                on_its_way = self._send(self.buckets[k + 1])
+            yield from unpack(bucket, arrived, self._own, unfinished, place)
+            del arrived
+
+    def _send(self, bucket: Bucket) -> _OnItsWay:
+        """Pack what others need and begin the exchange. It reads the parameters now, and not again."""
+        size, device = len(self.mesh.replica_ranks), self.mesh.device
+        if not bucket.travels:
+            nothing = torch.empty(0, dtype=torch.uint8)
+            return _OnItsWay(nothing, nothing, None)
+        outgoing, sizes = pack(bucket, size, self._own, device)
+        coming = room(bucket, size)
+        incoming = torch.empty(sum(coming), dtype=torch.uint8, device=device)
+        work = dist.all_to_all_single(incoming, outgoing, coming, sizes, group=self.mesh.replica_group, async_op=True)
+        return _OnItsWay(outgoing, incoming, work)
+
+    def _own(self, block: Block) -> torch.Tensor:
+        return block.of(self.value(self.parameters[block.tensor]))
+
+
+@dataclass
+class _OnItsWay:
+    """A running exchange and its buffers, which have to stay until it is over."""
+
+    outgoing: torch.Tensor
+    incoming: torch.Tensor
+    work: dist.Work | None
+
+    def wait(self) -> torch.Tensor:
+        """What arrived: for each sender in turn, its blocks."""
+        if self.work is not None:
+            self.work.wait()
+        self.outgoing = torch.empty(0)
+        return self.incoming
+
+
+def first_expert(spec: ModelSpec, mesh: Mesh) -> int:
+    """The number of the first expert that this rank holds."""
+    return spec.moe.num_experts // mesh.ep_size * mesh.ep_rank if spec.moe else 0
