@@ -115,7 +115,7 @@ class OptimizerConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     train_global_batch_size: int = 512
-    """Sequences in an optimizer update, over the whole job."""
+    """Sequences in an optimizer update, over the whole job; pairs, where algorithm is preference."""
     train_mb_tokens: int = 8192
     """Tokens in a packed microbatch of a rank while training; the longest sequence must fit."""
     logprob_mb_tokens: int = 16384
@@ -230,6 +230,8 @@ class RolloutConfig:
     """What vLLM does with its weights while the policy trains: keep them in host memory (1) or drop them (2)."""
     dtype: Literal["bf16", "fp32"] | None = None
     """Number format of vLLM's weights; null means `model.dtype`."""
+    quantization: Literal["fp8"] | None = None
+    """Let vLLM quantise the weights, at its start and at every push; null leaves them as they are."""
 
 
 @dataclass(frozen=True)
@@ -340,7 +342,7 @@ class PreferenceConfig:
     kto_undesirable_weight: float = 1.0
     """Weight of kto's undesirable examples."""
     bco_shift: Literal["classes", "examples", "none"] = "classes"
-    """What rewards are compared with in bco, bco_pair: half the classes' means added, the mean of all, or nothing."""
+    """What rewards are compared with in bco: half the classes' means added, the mean of all, or nothing."""
     center_rewards_coef: float = 0.0
     """Reward models: weight of the square of both rewards added, which holds their mean at 0."""
 
@@ -397,7 +399,7 @@ class LoggerConfig:
 
 @dataclass(frozen=True)
 class Config:
-    algorithm: Literal["sft", "grpo"] = "grpo"
+    algorithm: Literal["sft", "preference", "unpaired", "grpo"] = "grpo"
     """Which loop of megarl/algorithms runs."""
     run: RunConfig = field(default_factory=RunConfig)
     """Name, length and seed of the run."""

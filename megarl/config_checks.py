@@ -41,7 +41,7 @@ def check(cfg: "Config", launched: int | None, refused: set[str], *, this_machin
     if cfg.algorithm == "grpo":
         others += [*_engines(cfg), *_grpo(cfg), *_lengths(cfg)]
     else:
-        others += _sft(cfg)
+        others += _examples(cfg)
     if this_machine:
         others += [*check_model(cfg), *_override_names(cfg), *_files(cfg), *_loggers(cfg)]
         if launched or cfg.cluster.num_nodes == 1:  # else the ranks will run elsewhere
@@ -161,13 +161,15 @@ def _lengths(cfg: "Config") -> Problems:
             yield Problem(f"{path} = {limit} is less than the longest sequence: {words}", (path, *LENGTHS))
 
 
-def _sft(cfg: "Config") -> Problems:
+def _examples(cfg: "Config") -> Problems:
     """The longest prompt leaves room to learn something; longer examples are dropped or refused as they are read."""
     prompt, budget = cfg.data.max_prompt_length, cfg.train.train_mb_tokens
-    if budget < prompt + 1:
+    sides = 2 if cfg.algorithm == "preference" else 1
+    if budget < sides * (prompt + 1):
+        what, times = ("pair", "2 x (") if sides == 2 else ("example", "")
         yield Problem(
-            f"train.train_mb_tokens = {budget} is less than the shortest example with the longest prompt: "
-            f"data.max_prompt_length {prompt} + 1 token of response = {prompt + 1}",
+            f"train.train_mb_tokens = {budget} is less than the shortest {what} with the longest prompt: "
+            f"{times}data.max_prompt_length {prompt} + 1 token of response{')' * (sides - 1)} = {sides * (prompt + 1)}",
             ("train.train_mb_tokens", "data.max_prompt_length"),
         )
 

@@ -262,6 +262,14 @@ def _policy_loss(cfg: "Config") -> Problems:
 def _preference(cfg: "Config") -> Problems:
     """Settings that the chosen preference loss does not have, or lacks."""
     preference, path = cfg.preference, "preference."
+    unpaired = preference.loss in ("kto", "bco")
+    if cfg.algorithm in ("preference", "unpaired") and unpaired != (cfg.algorithm == "unpaired"):
+        kind = "labelled single responses (algorithm = unpaired)" if unpaired else "pairs (algorithm = preference)"
+        text = f"preference.loss = {preference.loss} is of {kind}, and algorithm = {cfg.algorithm}"
+        yield Problem(text, ("algorithm", f"{path}loss"))
+    if cfg.algorithm == "preference" and preference.loss == "longpo":
+        text = "preference.loss = longpo needs log-probs of prompts, which the model's head leaves out: not trained yet"
+        yield Problem(text, (f"{path}loss",))
     loss, smoothing = (
         f"preference.loss = {preference.loss}",
         f"preference.label_smoothing = {preference.label_smoothing}",
@@ -286,10 +294,11 @@ def _preference(cfg: "Config") -> Problems:
 
 def _validation(cfg: "Config") -> Problems:
     validation, has_data = cfg.validation, cfg.data.val_path is not None
-    if cfg.algorithm == "sft":
+    if cfg.algorithm != "grpo":
         changed = [f"validation.{f.name}" for f in fields(validation) if vars(validation)[f.name] != f.default]
         if set_fields := ["data.val_path"] * has_data + changed:
-            text = f"algorithm = sft does not validate, so that {', '.join(set_fields)} would do nothing: leave it out"
+            would = f"{', '.join(set_fields)} would do nothing: leave it out"
+            text = f"algorithm = {cfg.algorithm} does not validate, so that {would}"
             yield Problem(text, ("algorithm", *set_fields))
         return
     if validation.val_period > 0 and not has_data:
@@ -319,8 +328,9 @@ def _data(cfg: "Config") -> Problems:
         yield Problem("data.pass_rate_key and data.pass_rates both say how hard a prompt is: leave one out", rates)
     if asked and data.pass_rate_key is None and data.pass_rates is None:
         yield Problem(f"{asked[0]} needs pass rates: set data.pass_rate_key or data.pass_rates", fields)
-    if asked and cfg.algorithm == "sft":
-        text = f"algorithm = sft reads examples, not prompts, so that {', '.join(asked)} would do nothing: leave it out"
+    if asked and cfg.algorithm != "grpo":
+        would = f"{', '.join(asked)} would do nothing: leave it out"
+        text = f"algorithm = {cfg.algorithm} reads examples, not prompts, so that {would}"
         yield Problem(text, ("algorithm", *fields))
     if data.min_pass_rate > data.max_pass_rate:
         text = f"data.min_pass_rate = {data.min_pass_rate} is above data.max_pass_rate = {data.max_pass_rate}"

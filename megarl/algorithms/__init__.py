@@ -2,9 +2,14 @@
 
 from collections.abc import Callable
 
-from megarl.algorithms import grpo, sft
+from megarl.algorithms import grpo, preference, sft, unpaired
 from megarl.config import Config
 from megarl.observe.run import Run
 from megarl.parallel.mesh import Mesh
 
-ALGORITHMS: dict[str, Callable[[Config, Run, Mesh], None]] = {"sft": sft.train, "grpo": grpo.train}
+ALGORITHMS: dict[str, Callable[[Config, Run, Mesh], None]] = {
+    "sft": sft.train,
+    "preference": preference.train,
+    "unpaired": unpaired.train,
+    "grpo": grpo.train,
+}

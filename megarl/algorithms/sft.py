@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 from transformers import AutoTokenizer
 
 from megarl.config import Config
@@ -15,6 +18,8 @@ from megarl.model.family import read_spec
 from megarl.observe.run import Run
 from megarl.parallel.mesh import Mesh
 
+Item = TypeVar("Item")
+
 
 def train(cfg: Config, run: Run, mesh: Mesh) -> None:
     """`train_global_batch_size` examples a step, for `max_num_epochs`, or `max_num_steps` if that is less."""
@@ -24,19 +29,29 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
         examples = load_examples(cfg.data, AutoTokenizer.from_pretrained(cfg.model.path), longest)
         run.dropped(examples.dropped, kept=len(examples))
         stream = PromptStream(examples, cfg.run.seed, cfg.data.shuffle)
-        steps = max(1, cfg.run.max_num_epochs * len(examples) // cfg.train.train_global_batch_size)
-        steps = min(steps, cfg.run.max_num_steps or steps)
+        steps = steps_of(cfg, len(examples))
         policy = Engine(cfg, mesh, spec, temperature=1.0, total_updates=steps)
     for step in range(1, steps + 1):
         with run.phase("step"):
             drawn = stream.next(cfg.train.train_global_batch_size)
             batch = [Sample(e.id, 0, e.tokens, e.prompt_length, loss_mask=e.loss_mask) for e in drawn]
             lengths = [len(sample.tokens) for sample in batch]
-            mine = [batch[i] for i in balance(lengths, mesh.dp_size)[mesh.dp_rank]]
+            mine = deal(batch, lengths, mesh)
             with run.phase("train"):
                 metrics = policy.step(mine, sft, loss_agg_mode=cfg.loss.loss_agg_mode)
             save_if_due(cfg, run, policy, step, last=step == steps)
         run.report(step, steps, {f"actor/{name}": value for name, value in metrics.items()}, lengths)
+
+
+def steps_of(cfg: Config, num_examples: int) -> int:
+    """Updates of a run over ``num_examples`` examples, ``train_global_batch_size`` of them each."""
+    steps = max(1, cfg.run.max_num_epochs * num_examples // cfg.train.train_global_batch_size)
+    return min(steps, cfg.run.max_num_steps or steps)
+
+
+def deal(items: Sequence[Item], lengths: Sequence[int], mesh: Mesh) -> list[Item]:
+    """This replica's share of a step's items: about as many tokens as any other's."""
+    return [items[i] for i in balance(lengths, mesh.dp_size)[mesh.dp_rank]]
 
 
 def due(step: int, period: int) -> bool:

@@ -102,19 +102,24 @@ class Engine:
             dist.broadcast(logits, self.mesh.last_stage_rank, group=self.mesh.pp_group)
         return logits[: positions_of(sample)]
 
-    def step(self, samples: list[Sample], loss: Loss, *, loss_agg_mode: str = "token-mean") -> dict[str, float]:
+    def step(
+        self, samples: list[Sample], loss: Loss, *, loss_agg_mode: str = "token-mean", together: int = 1
+    ) -> dict[str, float]:
         """One optimizer update on this replica's ``samples``.
 
-        Returns the loss, the loss's metrics as means over response tokens of the whole step, ``grad_norm``, ``lr`` and
-        ``tokens``, the same on every rank. Raises NonFiniteError before the optimizer steps.
+        Every ``together`` neighbours, such as the two responses of a pair, share a microbatch. Returns the loss, the
+        loss's metrics as means over response tokens of the whole step (with ``seq-mean-token-mean``, over responses of
+        their means), ``grad_norm``, ``lr`` and ``tokens``, the same on every rank. Raises NonFiniteError before the
+        optimizer steps.
         """
-        batches, _ = self._microbatches(samples, self.cfg.train.train_mb_tokens, loss_agg_mode)
+        batches, _ = self._microbatches(samples, self.cfg.train.train_mb_tokens, loss_agg_mode, together)
+        by_response = loss_agg_mode == "seq-mean-token-mean"
         self.model.train()
         with self.mesh.platform():
             self.model.zero_grad_buffer()
             self.optimizer.zero_grad()
-            sums = self._run(batches, partial(self._loss_step, loss), forward_only=False)
-            metrics = self._reduce(sums)
+            sums = self._run(batches, partial(self._loss_step, loss, by_response), forward_only=False)
+            metrics = self._reduce(sums, by_response)
             self._refuse_poison(metrics, samples)
             grad_norm = 0.0
             if metrics["tokens"]:  # else there is nothing to learn from: Adam's moments and step count stay as they are
@@ -147,18 +152,21 @@ class Engine:
     # ---- inside ------------------------------------------------------------------------------------------------------
 
     def _microbatches(
-        self, samples: list[Sample], budget: int, loss_agg_mode: str = "token-mean"
+        self, samples: list[Sample], budget: int, loss_agg_mode: str = "token-mean", together: int = 1
     ) -> tuple[list[MicroBatch], list[int]]:
         """Pack, and say at which place among all packed samples each of ``samples`` is."""
-        groups = microbatches_of([positions_of(sample) for sample in samples], budget)
-        batches = [self._pack([samples[i] for i in group], loss_agg_mode) for group in groups]
-        if not batches:  # a replica without samples still takes part: one microbatch that counts for nothing
-            batches = [self._pack([_nothing()], loss_agg_mode)]
+        units = [samples[at : at + together] for at in range(0, len(samples), together)]
+        groups = microbatches_of([sum(map(positions_of, unit)) for unit in units], budget)
+        batches = [self._pack([sample for i in group for sample in units[i]], loss_agg_mode) for group in groups]
+        nothing = [_nothing()] * together  # a replica without samples still takes part, and counts for nothing
+        if not batches:
+            batches = [self._pack(nothing, loss_agg_mode)]
         if self.mesh.ep_size > 1:  # replicas exchange tokens in every microbatch, so all have as many
             most = torch.tensor([len(batches)])
             dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.mesh.host_group)
-            batches += [self._pack([_nothing()], loss_agg_mode) for _ in range(int(most) - len(batches))]
-        place = {i: at for at, i in enumerate(i for group in groups for i in group)}
+            batches += [self._pack(nothing, loss_agg_mode) for _ in range(int(most) - len(batches))]
+        order = [i * together + k for group in groups for i in group for k in range(together)]
+        place = {i: at for at, i in enumerate(order)}
         return batches, [place[i] for i in range(len(samples))]
 
     def _pack(self, samples: list[Sample], loss_agg_mode: str) -> MicroBatch:
@@ -203,7 +211,7 @@ class Engine:
         return self._forward(next(batches), model, labels=False), collect
 
     def _loss_step(
-        self, loss: Loss, batches: Iterator[MicroBatch], model: torch.nn.Module
+        self, loss: Loss, by_response: bool, batches: Iterator[MicroBatch], model: torch.nn.Module
     ) -> tuple[Tensor, Callable[..., Any]]:
         batch = next(batches)
 
@@ -212,12 +220,13 @@ class Engine:
             per_token, metrics = loss(logps, batch)
             total = torch.where(batch.loss_mask, per_token * batch.weights, 0).sum()
             count = torch.tensor(batch.count, dtype=torch.int, device=out.device)
-            sums = {name: torch.where(batch.loss_mask, x.detach(), 0).sum() for name, x in metrics.items()}
+            each = batch.weights if by_response else 1
+            sums = {name: torch.where(batch.loss_mask, x.detach() * each, 0).sum() for name, x in metrics.items()}
             return total, count, sums | {"loss": total.detach(), "count": count, "tokens": batch.loss_mask.sum()}
 
         return self._forward(batch, model), reduce
 
-    def _reduce(self, sums: list[dict[str, Tensor]]) -> dict[str, float]:
+    def _reduce(self, sums: list[dict[str, Tensor]], by_response: bool) -> dict[str, float]:
         """Sum the step's metrics over microbatches and replicas, divide, and tell every stage."""
         reduced: list[dict[str, float]] = [{}]
         if self.mesh.is_last_stage:
@@ -226,7 +235,7 @@ class Engine:
             dist.all_reduce(totals, group=self.mesh.dp_group)
             total = dict(zip(names, totals.tolist(), strict=True))
             count, tokens, loss = total.pop("count"), total.pop("tokens"), total.pop("loss")
-            means = {name: value / max(tokens, 1) for name, value in total.items()}
+            means = {name: value / max(count if by_response else tokens, 1) for name, value in total.items()}
             reduced = [means | {"loss": loss / max(count, 1), "tokens": tokens}]
         if self.mesh.pp_size > 1:
             dist.broadcast_object_list(reduced, self.mesh.last_stage_rank, group=self.mesh.pp_group)
@@ -254,7 +263,8 @@ def _nothing() -> Sample:
     """A sequence without a response. It has every field a loss may ask for, so that all replicas report the same
     metrics."""
     empty = torch.empty(0)
-    return Sample("(none)", 0, [0, 0], prompt_length=2, rollout_logps=empty, old_logps=empty, ref_logps=empty)
+    logps = {"rollout_logps": empty, "old_logps": empty, "ref_logps": empty}
+    return Sample("(none)", 0, [0, 0], prompt_length=2, **logps, values=empty, returns=empty, desirable=True)
 
 
 class HostWeights:

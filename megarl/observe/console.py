@@ -49,8 +49,9 @@ class Console:
         self.note(f"megarl {cfg.algorithm} · run {cfg.run.root}/{cfg.run.name} · seed {cfg.run.seed}")
         self.note(f"  model    {cfg.model.path} ({cfg.model.dtype})")
         self.note(f"  layout   {mesh_line}")
-        batch = f"{cfg.train.train_global_batch_size} sequences per update"
-        if cfg.algorithm != "sft":
+        unit = "pairs" if cfg.algorithm == "preference" else "sequences"
+        batch = f"{cfg.train.train_global_batch_size} {unit} per update"
+        if cfg.algorithm == "grpo":
             rollout = cfg.rollout
             batch = f"{rollout.num_prompts_per_step} prompts x {rollout.num_generations_per_prompt} a step, {batch}"
         self.note(f"  data     {cfg.data.path}, {batch}")

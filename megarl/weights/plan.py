@@ -207,7 +207,7 @@ class _Unit:
 
     traffic: dict[int, int]  # bytes of buffers that each rank needs for it, sending and receiving
     mine: list[tuple[int, int, Block]]  # (sender, receiver, block) of what the planning rank takes part in
-    completes: str | None = None  # the item, if this is its last part
+    completes: str | None = None  # the item, if this is the last of it that the planning rank gets
 
 
 def make_plan(
@@ -284,10 +284,12 @@ def _modules(
             yield units
             units = []
         module = _module(item)
-        for part in item.parts:
-            for rows in _row_ranges(item, part, unit_bytes):
-                units.append(_unit(item, part, rows, holders, needs, size, position))
-        units[-1].completes = item.name
+        ranges = [(part, rows) for part in item.parts for rows in _row_ranges(item, part, unit_bytes)]
+        own = [_unit(item, part, rows, holders, needs, size, position) for part, rows in ranges]
+        last = [unit for unit in own if any(receiver == position for _, receiver, _ in unit.mine)][-1:]
+        for unit in last:
+            unit.completes = item.name
+        units += own
     if units:
         yield units
 
@@ -337,9 +339,7 @@ def share_of(tensor: CanonTensor, shape: tuple[int, ...], size: int, rank: int) 
     ``size`` and ``rank`` are those of tensor parallelism; for an expert's tensor, of expert tensor parallelism. Raises
     ValueError where the shape is not what the tensor's rule says.
     """
-    cuts = size
-    if tensor.shard is Shard.REPLICATED or (tensor.shard is Shard.DOWN and shape == tensor.shape):
-        cuts = 1
+    cuts = 1 if tensor.shard is Shard.REPLICATED else size
     expected = local_shape(tensor, cuts)
     if shape != expected:
         raise ValueError(

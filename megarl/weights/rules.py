@@ -27,7 +27,6 @@ class Shard(enum.Enum):
     COLUMN = "column"  # dim 0: each rank holds some output rows
     ROW = "row"  # dim 1: each rank holds some input columns
     VOCAB = "vocab"  # dim 0, after padding the vocabulary
-    DOWN = "down"  # MLA's down projections: whole with Transformer Engine's layers, by column with the local ones
 
 
 class Layers(enum.Enum):

@@ -13,7 +13,7 @@ from megarl.weights.rules import CanonTensor, Shard
 
 # The embedding is padded to a multiple of this times TP: rows of equal number on every rank, aligned for FP8.
 VOCAB_MULTIPLE = 16
-_DIMENSION = {Shard.COLUMN: 0, Shard.VOCAB: 0, Shard.DOWN: 0, Shard.ROW: 1}
+_DIMENSION = {Shard.COLUMN: 0, Shard.VOCAB: 0, Shard.ROW: 1}
 
 
 @dataclass(frozen=True)

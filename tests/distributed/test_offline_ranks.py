@@ -1,0 +1,110 @@
+"""Learning from pairs and from labels: whole runs, the same on every layout, beginning where each loss has to begin."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from megarl.losses.preference import PAIR_LOSSES, REFERENCE_FREE
+from megarl.observe.metrics import read_metrics
+from tests.distributed import train_cases
+
+LAYOUTS = {
+    "1 rank": (1, []),
+    "TP2": (2, ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]),
+    "DP2": (2, []),
+    "PP2": (2, ["parallel.pipeline_model_parallel_size=2"]),
+}
+RECIPE = """
+cluster: {{device: cpu}}
+run: {{root: {root}, max_num_steps: 6}}
+model: {{path: {model}, dtype: fp32}}
+optimizer: {{lr: 1.0e-3}}
+train: {{train_global_batch_size: 8, train_mb_tokens: 60, logprob_mb_tokens: 100}}
+data: {{path: {data}, apply_chat_template: false, max_prompt_length: 8}}
+checkpoint: {{save_at_end: false}}
+"""
+# More than the defaults, where a loss needs it.
+MORE = {"robust": ["preference.label_smoothing=0.1"], "dpop": ["preference.dpop_lambda=2"]}
+# Loss of a policy that is its own reference: delta = 0 and z0 = 0. Of rpo: p = sigmoid(gap of the scores, which is 1).
+_P = 1 / (1 + math.exp(-1))
+AT_THE_START = {
+    "dpo": math.log(2),
+    "robust": math.log(2),  # (0.9 - 0.1) / (1 - 0.2) of it
+    "ipo": 25.0,  # 1 / (4 x 0.1^2)
+    "hinge": 1.0,
+    "dpop": math.log(2),
+    "rpo_bwd_kl": _P * math.log(2 * _P) + (1 - _P) * math.log(2 * (1 - _P)),
+    "rpo_fwd_kl": -0.5 * math.log(4 * _P * (1 - _P)),
+    "rpo_sq": 1.0,
+    "bco_pair": 2 * math.log(2),
+    "kto": 0.5,
+    "bco": math.log(2),
+}
+PAIRED = sorted(set(PAIR_LOSSES) - {"longpo"})
+
+
+@pytest.fixture(scope="module")
+def recipes(tiny_chat_model, tmp_path_factory):
+    """One for pairs, one for labelled responses of unequal numbers."""
+    folder = tmp_path_factory.mktemp("offline")
+    sums = [(f"{a}+{b}=", str(a + b), str(a + b + 1) + "0" * (b % 3)) for a in range(8) for b in range(8)]
+    pairs = [{"prompt": p, "chosen": y, "rejected": n, "chosen_score": 2, "rejected_score": 1} for p, y, n in sums]
+    labels = [{"prompt": p, "response": y if k % 3 else n, "label": bool(k % 3)} for k, (p, y, n) in enumerate(sums)]
+    out = {}
+    for name, rows in (("preference", pairs), ("unpaired", labels)):
+        data, out[name] = folder / f"{name}.jsonl", folder / f"{name}.yaml"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        text = RECIPE.format(root=folder / "runs", model=tiny_chat_model, data=data)
+        out[name].write_text(f"algorithm: {name}\n{text}")
+    return out
+
+
+def curve(ranks, recipes, loss, layout):
+    """The metrics of every step."""
+    recipe = recipes["unpaired" if loss in ("kto", "bco") else "preference"]
+    world, overrides = LAYOUTS[layout]
+    run = f"{loss}-{layout}".replace(" ", "")
+    overrides = [f"run.name={run}", f"preference.loss={loss}", f"cluster.gpus_per_node={world}", *overrides]
+    outcomes = ranks.run(train_cases.train, world, recipe=str(recipe), overrides=[*overrides, *MORE.get(loss, [])])
+    assert outcomes == ["done"] * world
+    return read_metrics(recipe.parent / "runs" / run)
+
+
+def check(ranks, recipes, loss, layouts):
+    truth = curve(ranks, recipes, loss, "1 rank")
+    if loss in AT_THE_START:
+        assert truth[0]["actor/loss"] == pytest.approx(AT_THE_START[loss], rel=1e-5)
+    assert len(truth) == 6 and all(step["actor/grad_norm"] > 0 for step in truth)
+    for layout in layouts:
+        for step, expected in zip(curve(ranks, recipes, loss, layout), truth, strict=True):
+            for name in ("actor/loss", "actor/grad_norm", *(n for n in expected if n.startswith("rewards/"))):
+                where = f"{loss}, {layout}, step {step['step']}: {name}"
+                assert step[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), where
+    return truth
+
+
+@pytest.mark.parametrize("loss", ["dpo", "simpo", "kto", "bco"])
+def test_same_curve_on_every_layout(ranks, recipes, loss):
+    check(ranks, recipes, loss, ["TP2", "DP2", "PP2"])
+
+
+@pytest.mark.parametrize("loss", sorted({*PAIRED, "orpo"} - {"dpo", "simpo"}))
+def test_every_loss_on_two_replicas(ranks, recipes, loss):
+    check(ranks, recipes, loss, ["DP2"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", [*PAIRED, "kto", "bco"])
+def test_every_loss_on_every_layout(ranks, recipes, loss):
+    check(ranks, recipes, loss, ["TP2", "DP2", "PP2"])
+
+
+@pytest.mark.parametrize("loss", ["dpo", "simpo"])
+def test_the_chosen_response_gains_on_the_rejected(ranks, recipes, loss):
+    """64 pairs, 8 a step, lr 1e-3: the margin of the last step's pairs, which it has not seen, is above 0."""
+    steps = curve(ranks, recipes, loss, "1 rank")
+    assert steps[-1]["rewards/margins"] > steps[0]["rewards/margins"]
+    assert steps[-1]["rewards/margins"] > 0 or loss in REFERENCE_FREE
