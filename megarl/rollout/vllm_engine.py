@@ -18,10 +18,10 @@ Contract
 from __future__ import annotations
 
 import gc
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from megarl.model.family import read_spec
+from megarl.rollout import vllm_model
 from megarl.rollout.vllm_process import SharedProcess, leave_process_groups, set_environment
 
 if TYPE_CHECKING:
@@ -38,8 +40,6 @@ if TYPE_CHECKING:
     from megarl.config import RolloutConfig
 
 _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-_HEAD = "lm_head.weight"
-_COMPUTED = "rotary_emb.inv_freq"  # a table that old Llama checkpoints store; nothing reads it
 
 
 class RolloutError(RuntimeError):
@@ -110,7 +110,11 @@ class VLLMEngine:
             )
         self.replica = rank // tp
         self.num_replicas = world // tp
-        self._expected_names = _checkpoint_names(Path(model_path))
+        if rollout.quantization and self._on_cpu:
+            raise RolloutError(
+                f"rollout.quantization={rollout.quantization}: vLLM has no kernel for it on CPUs; remove it"
+            )
+        self._expected_names = _weight_names(Path(model_path))
         set_environment(device_type)
         self._process = SharedProcess(device_type)
         with self._process.vllm(), self._process.starting():
@@ -129,19 +133,21 @@ class VLLMEngine:
                 cpu_distributed_timeout_seconds=deadline,
             )
             config = _checked_config(args)
+            self._config = config
             self._vocab_size = config.model_config.get_vocab_size()
             # LLMEngine and not LLM: the same loop without its progress bars and chat-template warm-up.
             self._engine = LLMEngine.from_vllm_config(config, disable_log_stats=True)
             # It would shut the engine down whenever Python collects it, the trainer's process groups included.
             client: Any = self._engine.engine_core
             client._finalizer.detach()
-            [self._tied] = self._engine.apply_model(_head_is_tied)
+            [self._tied] = self._engine.apply_model(vllm_model.head_is_tied)
 
     def _arguments(self, model_path: str, rollout: RolloutConfig, dtype: str) -> dict[str, Any]:
         arguments: dict[str, Any] = {
             "model": model_path,
             "skip_tokenizer_init": True,  # token in, token out; also saves start-up time
             "dtype": _DTYPES[dtype],
+            "quantization": rollout.quantization,  # online: it does not look at how the checkpoint is stored
             "tensor_parallel_size": rollout.tensor_parallel_size,
             "max_num_seqs": rollout.max_num_seqs,
             "max_num_batched_tokens": rollout.max_num_batched_tokens,
@@ -225,19 +231,16 @@ class VLLMEngine:
         given: set[str] = set()
         trainer = self._process.trainer_attributes()
         with self._process.vllm():
-            if self._on_cpu:
-                self._engine.apply_model(_forget_prepacked_experts)
+            self._engine.apply_model(vllm_model.begin_reload)
+            incoming = self._incoming(iter(weights), given, trainer)
             try:
-                incoming = self._incoming(iter(weights), given, trainer)
-                self._engine.collective_rpc("reload_weights", kwargs={"weights_iterator": incoming})
-            except BaseException:
-                # Otherwise the next load would count this one's tensors as its own and finish layers too early.
-                self._engine.collective_rpc(_end_reload)
-                raise
-            if self._on_cpu:
-                self._engine.apply_model(_pack_output_layer)
+                [self._loaded] = self._engine.apply_model(
+                    partial(vllm_model.load, config=self._config, weights=incoming)
+                )
+            finally:
+                self._engine.apply_model(partial(vllm_model.end_reload, config=self._config))
             self._engine.reset_prefix_cache()
-        missing = self._expected_names - given - ({_HEAD} if self._tied else set())
+        missing = self._expected_names - given - ({vllm_model.HEAD} if self._tied else set())
         if missing:
             raise RolloutError(
                 f"{len(missing)} of {len(self._expected_names)} weights did not arrive in vLLM: {_some(missing)}."
@@ -254,17 +257,29 @@ class VLLMEngine:
             if item is None:
                 return
             name = item[0]
-            if self._tied and name == _HEAD:
+            if self._tied and name == vllm_model.HEAD:
                 continue  # it is the embedding, which comes under its own name
             if name not in self._expected_names:
                 raise RolloutError(
-                    f"weight {name!r} is not in the checkpoint that vLLM was built from, which has"
+                    f"weight {name!r} is not one of the model that vLLM was built from, which has"
                     f" {_some(self._expected_names)}"
                 )
             if name in given:
                 raise RolloutError(f"weight {name!r} arrived twice")
             given.add(name)
             yield item
+
+    def checksums(self) -> dict[str, int]:
+        """Of every tensor that this rank's part of vLLM computes with; equal weights give equal numbers."""
+        with self._process.vllm():
+            [sums] = self._engine.apply_model(vllm_model.checksums)
+        return sums
+
+    def spoil(self) -> None:
+        """Make all weights useless, so that the next load shows which of them it brings."""
+        self._weights_ready = False
+        with self._process.vllm():
+            self._engine.apply_model(vllm_model.spoil)
 
     # --- memory -------------------------------------------------------------------------------------------------------
 
@@ -383,58 +398,12 @@ def _completions(output: RequestOutput) -> list[Completion]:
     return completions
 
 
-def _forget_prepacked_experts(model: torch.nn.Module) -> None:
-    """Make a reload pack experts for the CPU kernel again.
-
-    vLLM takes a second load for an update in place and skips the packing (`UnquantizedFusedMoEMethod._setup_kernel`:
-    `is_weight_update = self.moe_kernel is not None`), so the same weights give other log-probs, by 0.02 to 0.16.
-    """
-    for module in model.modules():
-        method: Any = getattr(module, "quant_method", None)  # only vLLM's own layers have one
-        if hasattr(method, "moe_kernel"):
-            method.moe_kernel = None
-
-
-def _pack_output_layer(model: torch.nn.Module) -> None:
-    """Make the output layer follow a reload of tied embeddings.
-
-    It gets no weight of its own then, so vLLM leaves alone the copy that it packed for the CPU kernel at the first
-    load: log-probs would come from the first weights for ever.
-    """
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    for module in model.modules():
-        if isinstance(module, ParallelLMHead):
-            module.quant_method.process_weights_after_loading(module)
-
-
-def _head_is_tied(model: torch.nn.Module) -> bool:
-    """What vLLM made of it, which also looks at whether the checkpoint holds an output layer of its own."""
-    return _HEAD not in dict(model.named_parameters())  # a shared parameter is listed once, as the embedding
-
-
-def _end_reload(worker: Any) -> None:
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
-
-    runner = worker.model_runner
-    finalize_layerwise_reload(runner.get_model(), runner.model_config)
-
-
-def _checkpoint_names(path: Path) -> frozenset[str]:
-    """The weights' names in a Hugging Face directory: vLLM built its model from them, so a load has to bring them."""
-    from safetensors import safe_open
-
-    index = path / "model.safetensors.index.json"
-    names: set[str] = set()
-    if index.exists():
-        names.update(json.loads(index.read_text())["weight_map"])
-    else:
-        for file in sorted(path.glob("*.safetensors")):
-            with safe_open(file, framework="pt") as tensors:
-                names.update(tensors.keys())
-    if not names:
+def _weight_names(path: Path) -> frozenset[str]:
+    """Hugging Face names of the weights that vLLM's model has, which every load has to bring."""
+    if not any(path.glob("*.safetensors")):
         raise RolloutError(f"{path} holds no *.safetensors file; give a Hugging Face model directory as model.path")
-    return frozenset(name for name in names if not name.endswith(_COMPUTED))
+    spec = read_spec(path).without_mtp()  # vLLM leaves out multi-token-prediction layers too
+    return frozenset(name for tensor in spec.tensors() for name in tensor.hf_shapes())
 
 
 def _some(names: Iterable[str], most: int = 5) -> str:

@@ -43,8 +43,9 @@ def unpack(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Put blocks together, and give a tensor away as soon as it has all of its own.
 
-    ``unfinished`` keeps tensors that go on in the next bucket. Without a ``place``, a tensor of one block is a view of
-    the buffer or of this rank's parameter.
+    ``unfinished`` keeps tensors that go on in the next bucket. Without a ``place``, a tensor that arrived as
+    one block is a view of the buffer; never of a parameter, since some of vLLM's loaders write into what they are
+    given.
     """
     at, start = {}, 0
     for sender in sorted(bucket.receives):
@@ -60,7 +61,7 @@ def unpack(
             at[sender] += aligned(block.nbytes)
         else:
             data = own(block)
-        if place is None and block.is_all and data.is_contiguous():
+        if place is None and sender in at and block.is_all:
             unfinished[name] = data
             continue
         if name not in unfinished:

@@ -43,6 +43,8 @@ from megarl.weights.quantized import (
 from megarl.weights.shard import Segment
 
 _WRITE_BEHIND = 1 << 20
+# Bytes a write call: for longer ones Linux looks for large pages of cache, at several times the cost of the copy.
+WRITTEN_AT_ONCE = 1 << 20
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -181,7 +183,7 @@ class OpenFile:
         data = memoryview(block.view(-1).view(torch.uint8).numpy())
         nbytes, start = len(data), at
         while data:
-            done = os.pwrite(self._descriptor, data, at)
+            done = os.pwrite(self._descriptor, data[:WRITTEN_AT_ONCE], at)
             data, at = data[done:], at + done
         if nbytes >= _WRITE_BEHIND:
             # On Linux this starts writing the range to disk and does not wait: the disk works while we read on.

@@ -48,8 +48,8 @@ def tensor_parallel(tensor: CanonTensor, mesh: Mesh) -> tuple[int, int]:
 class WeightStream:
     """The model as ``(HF name, tensor)`` pairs, layer by layer; on each rank those that ``deal`` gives it a box of.
 
-    A tensor has its full shape, and what lies outside the box is arbitrary. It may be a view of the model's own
-    parameters or of a buffer: copy what you keep. Iterating is a collective over the ranks of a model replica
+    A tensor has its full shape, and what lies outside the box is arbitrary. It may be a view of a
+    buffer with other tensors: copy what you keep. Iterating is a collective over the ranks of a model replica
     (``mesh.replica_group``), each of which iterates to the end. What travels, and when, is settled here, once:
     iterating exchanges no names, shapes or sizes.
     """

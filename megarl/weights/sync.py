@@ -32,7 +32,7 @@ class Receiver(Protocol):
 
     def checksums(self) -> dict[str, int]: ...
 
-    def parameters_not_loaded(self) -> set[str]: ...
+    def spoil(self) -> None: ...
 
 
 def to_engines(spec: ModelSpec, mesh: Mesh, tensor_parallel_size: int) -> Deal:
@@ -49,26 +49,25 @@ def to_engines(spec: ModelSpec, mesh: Mesh, tensor_parallel_size: int) -> Deal:
     return deal
 
 
-def push(stream: WeightStream, receiver: Receiver, *, verify: bool = False) -> list[str]:
+def push(stream: WeightStream, receiver: Receiver, *, verify: bool = False) -> None:
     """Give vLLM the trainer's current weights. A collective over all ranks.
 
     vLLM's cache takes memory only after the last bucket is gone, so the peak is weights plus two buckets.
 
-    With ``verify`` the weights are sent twice, and what vLLM computes with must be the same, bit for bit, after both:
-    then it was the trainer's after the first. Raises SyncError on all ranks, naming vLLM's tensors that changed.
-
-    Returns:
-        vLLM's parameters that were not compared, because no weight of the trainer's goes into them.
+    With ``verify``, vLLM's weights are then spoiled and sent again, and what it computes with must be the same, bit for
+    bit, as it was before: so all of it is the trainer's, and was after the first time. Raises SyncError on all ranks,
+    naming vLLM's tensors that differ, or that no weight of the trainer's goes into.
     """
     receiver.wake_weights()
     receiver.load_weights(iter(stream))
-    not_compared = _verify(stream, receiver) if verify else []
+    if verify:
+        _verify(stream, receiver)
     receiver.wake_kv_cache()
-    return not_compared
 
 
-def _verify(stream: WeightStream, receiver: Receiver) -> list[str]:
+def _verify(stream: WeightStream, receiver: Receiver) -> None:
     held = receiver.checksums()
+    receiver.spoil()
     receiver.load_weights(iter(stream))
     sent = receiver.checksums()
     differ = sorted(name for name in held.keys() | sent.keys() if held.get(name) != sent.get(name))
@@ -79,4 +78,3 @@ def _verify(stream: WeightStream, receiver: Receiver) -> list[str]:
         raise SyncError(
             "vLLM did not hold the trainer's weights after a push (weight_sync.verify):\n  " + "\n  ".join(found)
         )
-    return sorted(receiver.parameters_not_loaded())

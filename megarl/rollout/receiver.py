@@ -1,0 +1,93 @@
+"""The end of a push in a worker of a vLLM server, in another process: vLLM's own weight-transfer API, with a backend of
+ours that works on CPUs too.
+
+Start the server with ``--worker-extension-cls megarl.rollout.receiver.Receiver`` and ``--weight-transfer-config
+'{"backend": "megarl"}'``: vLLM imports this module in every worker before it loads a model, which registers the
+backend. The other end is `megarl.rollout.remote`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
+
+from megarl.rollout import vllm_model, wire
+
+
+@dataclass
+class Meeting(WeightTransferInitInfo):
+    """Where the group meets, and this engine's place in it."""
+
+    host: str
+    port: int
+    first_rank: int
+    size: int
+    timeout_s: float
+
+
+@dataclass
+class Announced(WeightTransferUpdateInfo):
+    """What comes, in order (`megarl.rollout.wire`)."""
+
+    names: list[str]
+    shapes: list[list[int]]
+    dtypes: list[str]
+    bucket_bytes: int
+
+
+class Transfer(WeightTransferEngine[Meeting, Announced]):
+    """Weights in Hugging Face's names and shapes, broadcast in buckets."""
+
+    init_info_cls = Meeting
+    update_info_cls = Announced
+    group: wire.Group | None = None
+
+    def init_transfer_engine(self, init_info: Meeting) -> None:
+        timeout = timedelta(seconds=init_info.timeout_s)
+        store = dist.TCPStore(init_info.host, init_info.port, is_master=False, timeout=timeout)
+        parallel = self.parallel_config
+        rank = init_info.first_rank + parallel.data_parallel_index * parallel.world_size + parallel.rank
+        self.group = wire.Group.join(store, rank, init_info.size, self.device, init_info.timeout_s)
+
+    def start_weight_update(self) -> None:
+        vllm_model.begin_reload(self.model)
+
+    def receive_weights(self, update_info: Announced) -> None:
+        metadata = wire.understood(update_info.names, update_info.shapes, update_info.dtypes)
+        vllm_model.load(self.model, self.vllm_config, self._incoming(metadata, update_info.bucket_bytes))
+
+    def _incoming(self, metadata: wire.Metadata, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
+        assert self.group is not None, "weights came before init_weight_transfer_engine"
+        for bucket in wire.buckets_of(metadata, bucket_bytes):
+            buffer, tensors = wire.views(bucket, self.device)
+            self.group.broadcast(buffer)
+            yield from tensors.items()
+            del buffer, tensors
+
+    def finish_weight_update(self) -> None:
+        vllm_model.end_reload(self.model, self.vllm_config)
+
+    def shutdown(self) -> None:
+        self.group = None
+
+
+class Receiver:
+    """What vLLM's workers can do beside: called by name, over ``/collective_rpc``."""
+
+    model_runner: Any
+
+    def megarl_checksums(self) -> dict[str, int]:
+        return vllm_model.checksums(self.model_runner.get_model())
+
+    def megarl_spoil(self) -> None:
+        vllm_model.spoil(self.model_runner.get_model())
+
+
+WeightTransferEngineFactory.register_engine("megarl", Transfer)
