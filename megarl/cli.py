@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megarl import __version__
+from megarl.convert.commands import add_arguments as add_convert_arguments
 
 if TYPE_CHECKING:
     from megarl.config import Config
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 RECIPE_HELP = "YAML file that says how the run differs from the defaults"
 # A rank that is told to stop says within seconds what it was waiting for; a frozen one is not worth waiting for.
 SHUTDOWN = "--shutdown-timeout=15"
+CONVERT_HELP = "checkpoints between Hugging Face and Megatron: convert, compare, describe"
 OVERRIDE_HELP = "settings over the recipe's, such as rollout.temperature=0.8"
 
 
@@ -48,6 +50,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("doctor", doctor, "say what is installed, what its absence switches off, and whether training can run")
     report_parser = add("report", report, "summarise a run's metrics.jsonl and draw its reward curve")
+    convert_parser = commands.add_parser("convert", help=CONVERT_HELP, description=CONVERT_HELP)
+    add_convert_arguments(convert_parser)
     report_parser.add_argument("run_dir", metavar="RUN_DIR", type=Path, help="folder of a run, such as runs/quickstart")
     return parser
 

@@ -39,10 +39,10 @@ from megarl.convert.torch_dist_chunk import ALIGNMENT, Frame, frame
 from megarl.convert.torch_dist_reader import COMMON_OBJECT, TRACKER
 from megarl.convert.torch_dist_tiling import Box, fault_in_tiling
 from megarl.weights.hf_files import CheckpointError
+from megarl.weights.hf_writer import WRITTEN_AT_ONCE
 
 MAX_CHUNK_BYTES = 64 << 20
 _COPIED_AT_ONCE = 8 << 20  # bytes of a tensor that has to be made contiguous
-_VECTORS = 512  # buffers a writev call; the kernel takes 1024
 
 
 @dataclass(frozen=True)
@@ -103,14 +103,16 @@ class ChunkFile:
     Args:
         folder: `TorchDistWriter.folder`.
         number: no other file of the checkpoint may have it. A file of that number is written over.
+        about: bytes that will be written, as far as known: disk space is taken at once, which is faster.
     """
 
-    def __init__(self, folder: str | Path, number: int) -> None:
+    def __init__(self, folder: str | Path, number: int, about: int = 0) -> None:
         self.name = f"__{number}_0.distcp"
         self.path = Path(folder) / self.name
         self._file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        if about:
+            os.posix_fallocate(self._file, 0, about)
         self._at = 0
-        self._flushed = 0
         self._chunks: list[ChunkRecord] = []
 
     def write(self, key: str, offsets: Sequence[int], sizes: Sequence[int], parts: Tensor | Iterable[Tensor]) -> None:
@@ -132,27 +134,20 @@ class ChunkFile:
             ChunkRecord(key, offsets, sizes, str(dtype).removeprefix("torch."), start, self._at - start)
         )
         self._write_all([bytes(-self._at % ALIGNMENT)])
+        # On Linux this starts writing the range to disk and does not wait: the disk works while we read on.
+        os.posix_fadvise(self._file, start, self._at - start, os.POSIX_FADV_DONTNEED)
 
     def _write_all(self, buffers: Iterable[Any]) -> None:
-        batch: list[memoryview] = []
         for buffer in buffers:
-            batch.append(memoryview(buffer).cast("B"))
-            if len(batch) == _VECTORS:
-                self._writev(batch)
-                batch = []
-        self._writev(batch)
-
-    def _writev(self, batch: list[memoryview]) -> None:
-        while batch:
-            written = os.writev(self._file, batch)
-            self._at += written
-            while batch and written >= len(batch[0]):
-                written -= len(batch.pop(0))
-            if written:
-                batch[0] = batch[0][written:]
+            data = memoryview(buffer).cast("B")
+            while data:
+                written = os.write(self._file, data[:WRITTEN_AT_ONCE])
+                data = data[written:]
+                self._at += written
 
     def finish(self) -> FileRecord:
         """Put the file on disk, and say what is in it."""
+        os.ftruncate(self._file, self._at)
         os.fsync(self._file)
         os.close(self._file)
         return FileRecord(self.name, self._at, tuple(self._chunks))

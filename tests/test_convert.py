@@ -1,0 +1,280 @@
+"""`megarl convert`: Hugging Face -> Megatron -> Hugging Face is bitwise, for every family and layout."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from megarl.cli import main
+from megarl.convert.manifest import entry, read_manifest
+from megarl.convert.torch_dist_reader import TorchDistReader
+from megarl.weights.quantized import dequantize_fp8_block
+from tests.convert_cases import CARRIED, FAMILIES, assert_same, load_hf, make_hf, save_hf
+
+
+def convert(*args: object) -> int:
+    return main(["convert", *map(str, args)])
+
+
+def there_and_back(source: Path, folder: Path, there: tuple = (), back: tuple = ()) -> dict[str, torch.Tensor]:
+    assert convert("hf2mcore", source, folder / "megatron", *there) == 0
+    assert convert("mcore2hf", folder / "megatron", folder / "back", *back) == 0
+    return load_hf(folder / "back")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_round_trip(family: str, tmp_path: Path) -> None:
+    source = make_hf(tmp_path / "source", family)
+    assert_same(load_hf(source), there_and_back(source, tmp_path))
+    assert convert("verify", source, tmp_path / "megatron") == 0
+    assert (tmp_path / "megatron" / "latest_checkpointed_iteration.txt").read_text() == "release"
+    for name, content in CARRIED.items():
+        assert json.loads((tmp_path / "back" / name).read_text()) == content
+    config = [json.loads((tmp_path / side / "config.json").read_text()) for side in ("source", "back")]
+    assert config[0] == config[1]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mixtral", "deepseek_v3", "gpt_oss"])
+@pytest.mark.parametrize("flavour", ["te", "local"])
+def test_round_trip_with_other_names_and_keys(family: str, flavour: str, tmp_path: Path) -> None:
+    source = make_hf(tmp_path / "source", family, dtype=torch.float32)
+    options = ("--layers", flavour, "--per-layer-keys", "--core-version", "0.19", "--iteration", 7)
+    assert_same(load_hf(source), there_and_back(source, tmp_path, options, ("--max-file-size", "20K")))
+    keys = TorchDistReader(tmp_path / "megatron" / "iter_0000007").keys()
+    assert "decoder.layers.2.self_attention.linear_proj.weight" in keys
+    index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
+    tensors = load_hf(tmp_path / "back")
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
+    assert index["weight_map"].keys() == tensors.keys() and len(set(index["weight_map"].values())) > 2
+
+
+def test_two_workers_write_the_same(tmp_path: Path) -> None:
+    source = make_hf(tmp_path / "source", "qwen3_moe")
+    back = there_and_back(source, tmp_path, ("--workers", 2), ("--workers", 2))
+    assert_same(load_hf(source), back)
+
+
+def test_an_error_in_a_worker_is_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = make_hf(tmp_path / "source", "llama")
+    assert convert("hf2mcore", source, tmp_path / "megatron") == 0
+    flip(tmp_path / "megatron" / "release" / "__2_0.distcp", 5000)
+    assert convert("mcore2hf", tmp_path / "megatron", tmp_path / "back", "--workers", 2) == 1
+    assert "decoder.layers.1." in capsys.readouterr().err
+    assert not (tmp_path / "back").exists()
+
+
+def flip(path: Path, byte: int, bit: int = 0) -> None:
+    data = bytearray(path.read_bytes())
+    data[byte] ^= 1 << bit
+    path.write_bytes(data)
+
+
+def test_stacked_layers_are_the_default_where_all_are_alike(tmp_path: Path) -> None:
+    make_hf(tmp_path / "mixtral", "mixtral")
+    assert convert("hf2mcore", tmp_path / "mixtral", tmp_path / "m") == 0
+    keys = TorchDistReader(tmp_path / "m").keys()
+    assert keys["decoder.layers.mlp.experts.experts.linear_fc1.weight"][0] == (3, 4, 96, 32)
+    make_hf(tmp_path / "dense_first", "deepseek_v2")
+    assert convert("hf2mcore", tmp_path / "dense_first", tmp_path / "n") == 0
+    assert "decoder.layers.0.mlp.linear_fc1.weight" in TorchDistReader(tmp_path / "n").keys()
+
+
+def test_vocabulary_padding(tmp_path: Path) -> None:
+    """37 words, padded for TP 4: to a multiple of 4 x 8 = 32, with zeros; mcore2hf takes them off again."""
+    source = make_hf(tmp_path / "source", "llama")
+    options = ("--target-tensor-parallel-size", 4, "--make-vocab-size-divisible-by", 8)
+    back = there_and_back(source, tmp_path, options)
+    assert_same(load_hf(source), back)
+    embedding = TorchDistReader(tmp_path / "megatron").read("embedding.word_embeddings.weight")
+    assert embedding.shape == (64, 32) and not embedding[37:].view(torch.int16).any()
+    assert embedding[:37].view(torch.int16).equal(back["model.embed_tokens.weight"].view(torch.int16))
+
+
+def test_tied_embeddings_are_written_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = make_hf(tmp_path / "source", "qwen2", tie_word_embeddings=True)
+    tensors = load_hf(source)
+    assert "lm_head.weight" not in tensors
+    # Some exporters write the tied copy too; it is no weight of its own, unless it differs.
+    save_hf(source, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    assert_same(tensors, there_and_back(source, tmp_path))
+    save_hf(source, tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] * 0})
+    assert convert("hf2mcore", source, tmp_path / "other") == 1
+    assert "lm_head.weight repeats model.embed_tokens.weight, but is not equal" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("way", ["there", "back"])
+def test_multi_token_prediction_can_be_dropped(way: str, tmp_path: Path) -> None:
+    source = make_hf(tmp_path / "source", "deepseek_v3")
+    drop = ("--mtp", "drop")
+    back = there_and_back(source, tmp_path, drop if way == "there" else (), drop if way == "back" else ())
+    kept = {name: tensor for name, tensor in load_hf(source).items() if not name.startswith("model.layers.3.")}
+    assert_same(kept, back)
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["num_nextn_predict_layers"] == 0
+    has_mtp = any(key.startswith("mtp.") for key in TorchDistReader(tmp_path / "megatron").keys())
+    assert has_mtp == (way == "back")
+    assert convert("verify", "--mtp", "drop", source, tmp_path / "back") == 0
+    assert convert("verify", source, tmp_path / "back") == 1
+
+
+def test_dtype(tmp_path: Path) -> None:
+    """Rounded once, by torch's own rule; what megatron keeps in fp32 stays so."""
+    source = make_hf(tmp_path / "source", "deepseek_v3", dtype=torch.float32)
+    tensors = {name: torch.randn(tensor.shape) for name, tensor in load_hf(source).items()}
+    for name in tensors:
+        if name.endswith(("layers.3.embed_tokens.weight", "shared_head.head.weight")):
+            tensors[name] = tensors["model.embed_tokens.weight" if "embed" in name else "lm_head.weight"].clone()
+    save_hf(source, tensors)
+    back = there_and_back(source, tmp_path, back=("--dtype", "bf16"))
+    bias = "e_score_correction_bias"
+    assert_same({n: t if n.endswith(bias) else t.bfloat16() for n, t in tensors.items()}, back)
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert convert("verify", source, tmp_path / "back") == 1
+    assert convert("verify", "--dtype", "bf16", source, tmp_path / "back") == 0
+
+
+def test_config_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = make_hf(tmp_path / "source", "qwen3")
+    assert convert("hf2mcore", source, tmp_path / "megatron") == 0
+    (tmp_path / "megatron" / "hf").rename(tmp_path / "elsewhere")
+    assert convert("mcore2hf", tmp_path / "megatron", tmp_path / "back") == 1
+    assert "--config-from" in capsys.readouterr().err
+    release = tmp_path / "megatron" / "release"
+    assert convert("mcore2hf", release, tmp_path / "back", "--config-from", tmp_path / "elsewhere") == 0
+    assert_same(load_hf(source), load_hf(tmp_path / "back"))
+
+
+def test_fp8_in_and_out(tmp_path: Path) -> None:
+    """Exported in blocks of 128 x 128, imported as fp32(q) x scale rounded to bf16: checked by a plain formula."""
+    sizes = {"hidden_size": 160, "intermediate_size": 192, "head_dim": 40, "num_hidden_layers": 2}
+    source = make_hf(tmp_path / "source", "qwen3", **sizes)
+    tensors = {name: torch.randn(tensor.shape).bfloat16() for name, tensor in load_hf(source).items()}
+    save_hf(source, tensors)
+    quantised = there_and_back(source, tmp_path, back=("--quantize", "fp8"))
+    assert json.loads((tmp_path / "back" / "config.json").read_text())["quantization_config"]["quant_method"] == "fp8"
+    name = "model.layers.1.mlp.down_proj.weight"
+    q, scale = quantised[name], quantised[name + "_scale_inv"]
+    assert q.dtype == torch.float8_e4m3fn and scale.shape == (2, 2)
+    expected = (q.float() * scale.repeat_interleave(128, 0)[:160].repeat_interleave(128, 1)[:, :192]).bfloat16()
+    assert (expected.float() - tensors[name].float()).abs().max() < 0.07 * tensors[name].float().abs().max()
+    for kept in ("model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"):
+        assert quantised[kept].equal(tensors[kept])
+    # Back in: every weight is the dequantised one.
+    assert convert("hf2mcore", tmp_path / "back", tmp_path / "again") == 0
+    assert convert("mcore2hf", tmp_path / "again", tmp_path / "plain") == 0
+    plain = load_hf(tmp_path / "plain")
+    assert plain.keys() == tensors.keys() and plain[name].equal(expected)
+    query = "model.layers.0.self_attn.q_proj.weight"
+    rows, columns = (slice(0, n) for n in plain[query].shape)
+    scales = quantised[query + "_scale_inv"]
+    assert plain[query].equal(dequantize_fp8_block(quantised[query], scales, (128, 128), rows, columns))
+    assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert convert("verify", tmp_path / "back", tmp_path / "again") == 0
+
+
+def test_manifest_names_every_tensor_and_its_hash(tmp_path: Path) -> None:
+    source = make_hf(tmp_path / "source", "qwen2")
+    back = there_and_back(source, tmp_path)
+    manifest = read_manifest(tmp_path / "back")
+    assert manifest and manifest.tensors == {name: entry(tensor) for name, tensor in back.items()}
+    inner = read_manifest(tmp_path / "megatron" / "release")
+    assert inner and inner.tensors["embedding.word_embeddings.weight"].shape == (48, 32)  # with its padding
+
+
+def test_verify_names_every_difference(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = make_hf(tmp_path / "source", "llama")
+    assert convert("hf2mcore", source, tmp_path / "megatron") == 0
+    tensors = load_hf(source)
+    tensors["model.layers.1.mlp.up_proj.weight"].view(torch.int16)[2:4, 5] ^= 1
+    tensors["model.norm.weight"].view(torch.int16)[7] ^= 1
+    save_hf(source, tensors)
+    capsys.readouterr()
+    assert convert("verify", source, tmp_path / "megatron") == 1
+    lines = capsys.readouterr().out.splitlines()
+    # fc1 is [gate; up]: row 2 of up is row 48 + 2.
+    assert lines[0].startswith("decoder.layers.1.mlp.linear_fc1.weight: 2 of 3072 values differ, first in row 50 ")
+    assert "model.layers.1.mlp.up_proj.weight" in lines[0]
+    assert lines[1].startswith("decoder.final_layernorm.weight: 1 of 32 values differ, first in row 7 ")
+    assert lines[2] == "2 differences"
+
+
+def test_verify_finds_what_changed_since_it_was_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = make_hf(tmp_path / "source", "llama")
+    assert convert("verify", source) == 2  # it has no manifest
+    there_and_back(source, tmp_path)
+    assert convert("verify", tmp_path / "back") == 0 and convert("verify", tmp_path / "megatron") == 0
+    file = tmp_path / "back" / "model.safetensors"
+    flip(file, file.stat().st_size - 1)
+    capsys.readouterr()
+    assert convert("verify", tmp_path / "back") == 1
+    line = capsys.readouterr().out.splitlines()[0]
+    assert str(file) in line and "has other bytes than megarl_manifest.json says" in line
+
+
+def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = make_hf(tmp_path / "source", "deepseek_v3")
+    assert convert("hf2mcore", source, tmp_path / "megatron") == 0
+    capsys.readouterr()
+    assert convert("inspect", "--json", tmp_path / "megatron") == 0
+    facts = json.loads(capsys.readouterr().out)
+    said = {"format": "Megatron torch_dist", "finished": True, "family": "deepseek", "layers": 3, "MTP layers": 1}
+    said |= {"layer keys": "per layer", "names": "te", "iteration": "release", "padded vocabulary": 48}
+    assert facts | said == facts and facts["problems"] == "none" and facts["optimizer state"] == "none"
+    assert convert("inspect", "--json", source) == 0
+    facts = json.loads(capsys.readouterr().out)
+    count = sum(tensor.numel() for name, tensor in load_hf(source).items() if "head.head" not in name)
+    copies = 37 * 32  # the MTP layer's copy of the embedding
+    assert facts["parameters"] == count - copies and facts["manifest"] == "none"
+    assert convert("inspect", tmp_path) == 1
+
+
+def test_a_finished_target_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = make_hf(tmp_path / "source", "llama")
+    there_and_back(source, tmp_path)
+    for command, where in ((("hf2mcore", source), "megatron"), (("mcore2hf", tmp_path / "megatron"), "back")):
+        assert convert(*command, tmp_path / where) == 2
+        assert "--overwrite" in capsys.readouterr().err
+        assert convert(*command, tmp_path / where, "--overwrite") == 0
+    assert_same(load_hf(source), load_hf(tmp_path / "back"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    assert convert("hf2mcore", source, tmp_path / "mine", "--overwrite") == 2
+    assert (tmp_path / "mine" / "thesis.tex").exists()
+    assert convert("hf2mcore", source, source / "megatron") == 2  # inside the source
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "megatron", "mine", "source"]
+
+
+def test_from_master(tmp_path: Path) -> None:
+    """fp32 masters of the optimizer instead of bf16 weights, unless another dtype is asked for."""
+    source = make_hf(tmp_path / "source", "qwen2")
+    masters = make_hf(tmp_path / "masters", "qwen2", dtype=torch.float32)
+    merged = with_masters(source, masters, tmp_path)
+    assert convert("mcore2hf", merged, tmp_path / "back", "--from-master", "--config-from", source) == 0
+    assert_same(load_hf(masters), load_hf(tmp_path / "back"))
+    assert convert("mcore2hf", merged, tmp_path / "weights", "--config-from", source) == 0
+    assert_same(load_hf(source), load_hf(tmp_path / "weights"))
+
+
+def with_masters(weights: Path, masters: Path, folder: Path) -> Path:
+    """A checkpoint that has both, as megatron-core's distributed optimizer writes them (fully_reshardable)."""
+    from megarl.convert.torch_dist_writer import StoredTensor, TorchDistWriter
+
+    readers = {}
+    for prefix, source in (("", weights), ("optimizer.state.fp32_param.", masters)):
+        assert convert("hf2mcore", source, folder / f"m{len(prefix)}") == 0
+        readers[prefix] = TorchDistReader(folder / f"m{len(prefix)}")
+    tensors = {prefix + key: (reader, key) for prefix, reader in readers.items() for key in reader.keys()}
+    stored = [StoredTensor(name, *reader.keys()[key]) for name, (reader, key) in tensors.items()]
+    writer = TorchDistWriter(folder / "merged" / "iter_0000001", stored)
+    file = writer.chunk_file(0)
+    for name, (reader, key) in tensors.items():
+        shape = reader.keys()[key][0]
+        leading = [()] if len(shape) < 3 else [(i,) for i in range(shape[0])]
+        if key.startswith("decoder.layers.") and len(shape) == 2:
+            leading = [(i,) for i in range(shape[0])]
+        for index in leading:
+            part = reader.read(key, index)
+            file.write(name, (*index, *(0 for _ in part.shape)), (*(1 for _ in index), *part.shape), part)
+    return writer.finish([file.finish()], {"iteration": 1})
