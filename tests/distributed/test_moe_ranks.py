@@ -139,6 +139,7 @@ def share(tensor, whole, place):
 GRADIENT_LAYOUTS = ("EP2", "PP2 EP2", "TP2", "TP2 EP2 ETP1", "TP2 EP2 ETP2", "TP2 EP1 ETP1", "TP2 EP4 ETP1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_do_not_depend_on_the_layout(ranks, tiny_hf, recipe, family):
     """Loss, gradient norm, every gradient and every updated weight, against one rank. Replicas have different numbers

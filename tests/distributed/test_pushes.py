@@ -21,6 +21,7 @@ PUSHES = [
 SERVED = ["llama", "mistral", "qwen2", "qwen2-tied", "qwen3", "seed_oss", "qwen3_moe", "mixtral", "gpt_oss"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("cases", [PUSHES, [f"greedy {model}" for model in SERVED]], ids=["push", "export"])
 def test_vllm_computes_what_megatron_computes(tmp_path: Path, cases: list[str]) -> None:
