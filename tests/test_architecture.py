@@ -120,8 +120,9 @@ def test_nothing_is_left_for_later() -> None:
 def test_every_config_field_has_a_sentence() -> None:
     wrong = []
     count = 0
-    for node in ast.walk(ast.parse((ROOT / "megarl" / "config.py").read_text())):
-        if not isinstance(node, ast.ClassDef):
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "megarl" / "config").glob("*.py")]
+    for node in (node for tree in trees for node in ast.walk(tree)):
+        if not isinstance(node, ast.ClassDef) or not node.name.endswith(("Config", "RewardFunction")):
             continue
         for statement, after in zip(node.body, [*node.body[1:], None], strict=True):
             if isinstance(statement, ast.AnnAssign):

@@ -12,8 +12,8 @@ from typing import Any, get_args
 import pytest
 
 from megarl.config import Config, ConfigError, load, save, world_size
-from megarl.config_checks import check_gpus, transformer_config_fields
-from megarl.config_values import OWNED_OVERRIDES, RANGES, in_interval
+from megarl.config.machine import check_gpus, transformer_config_fields
+from megarl.config.values import OWNED_OVERRIDES, RANGES, in_interval
 
 HF_CONFIG = {
     "architectures": ["Qwen2ForCausalLM"],

@@ -1,8 +1,8 @@
 """What a config's values can get wrong on their own: numbers out of range, names of nothing, settings without effect.
 
 Contract: a check is a generator over a config that yields `Problem`s; it changes nothing and starts nothing. A
-problem names the fields it rests on, so that `config_checks.check` can leave out what rests on a value that is wrong
-anyway. Sizes that have to fit each other, and this machine, are in config_checks.py.
+problem names the fields it rests on, so that `checks.check` can leave out what rests on a value that is wrong
+anyway. Sizes that have to fit each other, and this machine, are in checks.py and machine.py.
 """
 
 import difflib

@@ -1,0 +1,107 @@
+"""The method: batch sizes, advantages and losses."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    train_global_batch_size: int = 512
+    """Sequences in an optimizer update, over the whole job; pairs, where algorithm is preference."""
+    train_mb_tokens: int = 8192
+    """Tokens in a packed microbatch of a rank while training; the longest sequence must fit."""
+    logprob_mb_tokens: int = 16384
+    """Tokens in a packed microbatch of a rank while computing log-probs only."""
+    ppo_epochs: int = 1
+    """Passes over each step's samples."""
+
+
+@dataclass(frozen=True)
+class AdvantageConfig:
+    normalize_by_std: bool = True
+    """Divide by the standard deviation of the group's rewards (GRPO); false leaves the differences (Dr. GRPO)."""
+    use_leave_one_out_baseline: bool = False
+    """Compare a sample with the mean of the others in its group (RLOO), not with the mean of all."""
+    eps: float = 1e-6
+    """Added to the standard deviation."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    policy_loss: Literal["ppo_clip", "gspo", "sequence_clip", "cispo", "reinforce"] = "ppo_clip"
+    """Which function of megarl/losses/policy.py the advantages go into."""
+    clip_ratio_low: float = 0.2
+    """How far below 1 the probability ratio counts."""
+    clip_ratio_high: float = 0.2
+    """How far above 1 the probability ratio counts."""
+    clip_ratio_c: float | None = None
+    """Dual clip: bound of the ratio for negative advantages, above 1; null is off. Of ppo_clip only."""
+    cispo_clip_low: bool = False
+    """Clip the weights of cispo from below too, at 1 - `clip_ratio_low`, as other systems do; its paper does not."""
+    value_clip: float | None = 0.2
+    """How far a critic's value counts that left the value before the updates; null does not clip."""
+    loss_agg_mode: Literal["token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"] = (
+        "token-mean"
+    )
+    """How token losses become one number: all tokens alike, or first within a sequence and then over sequences."""
+    kl_loss_coef: float = 0.0
+    """Weight of the KL divergence from the reference model in the loss; 0 keeps no reference model."""
+    kl_type: Literal["k1", "k2", "k3"] = "k3"
+    """Estimator of that KL divergence (http://joschu.net/blog/kl-approx.html)."""
+    kl_gradient: Literal["estimator", "score_function", "importance"] = "estimator"
+    """Its gradient: of the estimate as it stands, or of the divergence, also weighed by policy / old policy."""
+    entropy_coef: float = 0.0
+    """Weight of the entropy bonus; 0 leaves it out."""
+    use_rollout_logps: bool = False
+    """Take what vLLM sampled with as the old policy, so that the ratio corrects for the two engines by itself."""
+    truncated_importance_sampling_type: Literal["none", "tis", "seq-tis", "icepop", "seq-mask-tis"] = "none"
+    """Weigh tokens or whole sequences by policy / rollout probability, cut or masked where the two engines disagree."""
+    truncated_importance_sampling_ratio: float = 2.0
+    """Largest such weight; icepop and seq-mask-tis leave out what is beyond."""
+    truncated_importance_sampling_ratio_min: float = 0.5
+    """Smallest such weight that icepop and seq-mask-tis keep."""
+
+
+@dataclass(frozen=True)
+class PreferenceConfig:
+    loss: Literal[
+        "dpo",
+        "robust",
+        "ipo",
+        "hinge",
+        "dpop",
+        "rpo_bwd_kl",
+        "rpo_fwd_kl",
+        "rpo_sq",
+        "simpo",
+        "orpo",
+        "bco_pair",
+        "longpo",
+        "kto",
+        "bco",
+    ] = "dpo"
+    """Which loss: kto and bco of single responses, the others of pairs."""
+    beta: float = 0.1
+    """Factor of the log-probability ratios: tau of ipo, lambda of orpo."""
+    label_smoothing: float = 0.0
+    """Share of labels taken to be wrong: of dpo, which becomes conservative DPO, and of robust, which needs it."""
+    average_log_probs: bool = False
+    """Mean over a response's tokens instead of the sum; simpo and orpo always take the mean."""
+    dpop_lambda: float = 50.0
+    """Factor of dpop's penalty on a chosen response that became less likely."""
+    rpo_eta: float = 1.0
+    """Factor of the rewards' gap that the rpo losses aim at."""
+    simpo_gamma: float = 0.5
+    """Margin of simpo: gamma itself, where its authors' files have gamma / beta."""
+    longpo_lambda: float = 0.01
+    """Weight of longpo's preference term, against 1 for the likelihood of the long sequence."""
+    sft_loss_coef: float = 0.0
+    """Weight of the chosen response's mean negative log-likelihood beside the loss."""
+    kto_desirable_weight: float = 1.0
+    """Weight of kto's desirable examples."""
+    kto_undesirable_weight: float = 1.0
+    """Weight of kto's undesirable examples."""
+    bco_shift: Literal["classes", "examples", "none"] = "classes"
+    """What rewards are compared with in bco: half the classes' means added, the mean of all, or nothing."""
+    center_rewards_coef: float = 0.0
+    """Reward models: weight of the square of both rewards added, which holds their mean at 0."""

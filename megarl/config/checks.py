@@ -1,0 +1,173 @@
+"""All checks of a config, and of them those whose numbers have to fit each other or the launch.
+
+Contract: a check is a generator over a config that yields `Problem`s; it changes nothing and starts nothing. A
+problem shows the arithmetic (`512 % 384 = 128`) and names the fields it rests on: `check` leaves out what rests on a
+value that is wrong anyway. These need the config alone; those of `megarl.config.machine` look at this machine.
+"""
+
+from typing import TYPE_CHECKING
+
+from megarl.config.machine import check_machine
+from megarl.config.sizes import (
+    EP,
+    ETP,
+    FIRST,
+    LAST,
+    LENGTHS,
+    PP,
+    ROLLOUT_TP,
+    TP,
+    WORLD,
+    expert_tensor_parallel,
+    first_stage,
+    job_size,
+    last_stage,
+    longest_sequence,
+    remainder,
+)
+from megarl.config.values import Problem, Problems, check_ranges, check_values
+
+if TYPE_CHECKING:
+    from megarl.config import Config
+
+
+def check(cfg: "Config", launched: int | None, refused: set[str], *, this_machine: bool) -> list[str]:
+    """Every problem of a config, but for echoes of the values that were `refused` before.
+
+    `launched` is the number of ranks that a launcher started; None before the launch.
+    """
+    ranges = list(check_ranges(cfg))  # no echoes here: a refused value left its default behind, which is in range
+    refused = refused.union(*(problem.fields for problem in ranges))
+    others = [*check_values(cfg), *_launch(cfg, launched), *_layout(cfg)]
+    if cfg.algorithm == "grpo":
+        others += [*_engines(cfg), *_grpo(cfg), *_lengths(cfg)]
+    else:
+        others += _examples(cfg)
+    if this_machine:
+        others += check_machine(cfg, launched)
+    return [problem.text for problem in ranges] + [problem.text for problem in others if not _echo(problem, refused)]
+
+
+def _echo(problem: Problem, refused: set[str]) -> bool:
+    """Whether a field of the problem, or its whole section, was refused."""
+    return any(field in refused or field.partition(".")[0] in refused for field in problem.fields)
+
+
+# ---- sizes that have to fit each other ----
+
+
+def _launch(cfg: "Config", launched: int | None) -> Problems:
+    """A launcher started as many ranks as the recipe is made for."""
+    nodes, per_node = cfg.cluster.num_nodes, cfg.cluster.gpus_per_node
+    if launched is not None and launched != nodes * per_node:
+        text = (
+            f"{launched} ranks were launched, but cluster.num_nodes {nodes} x cluster.gpus_per_node {per_node} = "
+            f"{nodes * per_node}"
+        )
+        yield Problem(text, WORLD)
+
+
+def _layout(cfg: "Config") -> Problems:
+    """Ranks over tensor, pipeline and data parallelism."""
+    world, batch = job_size(cfg), cfg.train.train_global_batch_size
+    tp, pp = cfg.parallel.tensor_model_parallel_size, cfg.parallel.pipeline_model_parallel_size
+    if rest := remainder(world, tp * pp):
+        text = f"{world} ranks cannot be divided by {TP} {tp} x {PP} {pp} = {tp * pp}: {world} % {tp * pp} = {rest}"
+        yield Problem(text, (*WORLD, TP, PP))
+    else:
+        yield from _expert_layout(cfg)
+    if not rest and batch < (replicas := world // max(1, tp * pp)):
+        yield Problem(
+            f"train.train_global_batch_size = {batch} sequences are too few for {replicas} data-parallel ranks: "
+            f"{world} ranks / ({TP} {tp} x {PP} {pp}) = {replicas}",
+            (*WORLD, TP, PP, "train.train_global_batch_size"),
+        )
+    if cfg.parallel.sequence_parallel and tp == 1:
+        text = f"parallel.sequence_parallel divides activations over tensor-parallel ranks, but {TP} = 1"
+        yield Problem(text, ("parallel.sequence_parallel", TP))
+    for path, layers in ((FIRST, first_stage(cfg)), (LAST, last_stage(cfg))):
+        if layers is not None and pp == 1:
+            yield Problem(f"{path} = {layers} needs more than one stage, but {PP} = 1", (path, PP))
+
+
+def _expert_layout(cfg: "Config") -> Problems:
+    """Ranks over expert and pipeline parallelism. One model's experts and the rest of it are to be on the same ranks,
+    so that the ranks of the smaller share lie within those of the larger."""
+    world, tp, pp = job_size(cfg), cfg.parallel.tensor_model_parallel_size, cfg.parallel.pipeline_model_parallel_size
+    ep, etp = cfg.parallel.expert_model_parallel_size, expert_tensor_parallel(cfg)
+    fields = (*WORLD, TP, PP, EP, ETP)
+    if rest := remainder(world, ep * etp * pp):
+        text = f"{world} ranks cannot be divided by {EP} {ep} x {ETP} {etp} x {PP} {pp} = {ep * etp * pp}"
+        yield Problem(f"{text}: {world} % {ep * etp * pp} = {rest}", fields)
+    elif remainder(tp, ep * etp) and remainder(ep * etp, tp):
+        yield Problem(
+            f"{TP} {tp} and {EP} {ep} x {ETP} {etp} = {ep * etp} do not divide one another: "
+            f"{tp} % {ep * etp} = {tp % (ep * etp)}, {ep * etp} % {tp} = {ep * etp % tp}",
+            fields,
+        )
+
+
+def _engines(cfg: "Config") -> Problems:
+    """Ranks over vLLM engines: several to a node, or several nodes to an engine, but none across part of a node."""
+    world, per_node, tp = job_size(cfg), cfg.cluster.gpus_per_node, cfg.rollout.tensor_parallel_size
+    if rest := remainder(world, tp):
+        text = f"{world} ranks cannot be divided by {ROLLOUT_TP} {tp}: {world} % {tp} = {rest}"
+        yield Problem(text, (*WORLD, ROLLOUT_TP))
+    elif remainder(per_node, tp) and remainder(tp, per_node):
+        yield Problem(
+            f"cluster.gpus_per_node {per_node} and {ROLLOUT_TP} {tp} do not divide one another: an engine would have "
+            f"part of a node ({per_node} % {tp} = {per_node % tp}, {tp} % {per_node} = {tp % per_node})",
+            (*WORLD, ROLLOUT_TP),
+        )
+
+
+def _grpo(cfg: "Config") -> Problems:
+    """Groups and batches of a step."""
+    rollout, batch = cfg.rollout, cfg.train.train_global_batch_size
+    prompts, group = rollout.num_prompts_per_step, rollout.num_generations_per_prompt
+    if rest := remainder(prompts * group, batch):
+        yield Problem(
+            f"rollout.num_prompts_per_step {prompts} x rollout.num_generations_per_prompt {group} = {prompts * group} "
+            f"sequences a step do not make whole updates of train.train_global_batch_size {batch} sequences: "
+            f"{prompts * group} % {batch} = {rest}",
+            (
+                "rollout.num_prompts_per_step",
+                "rollout.num_generations_per_prompt",
+                "train.train_global_batch_size",
+            ),
+        )
+    if group == 1:
+        text = "rollout.num_generations_per_prompt = 1: a group of one is its own mean, so every advantage is r - r = 0"
+        yield Problem(text, ("rollout.num_generations_per_prompt",))
+    if rollout.max_num_batched_tokens is not None and rollout.max_num_batched_tokens < rollout.max_num_seqs:
+        yield Problem(
+            f"rollout.max_num_batched_tokens = {rollout.max_num_batched_tokens} is less than a token for each of "
+            f"rollout.max_num_seqs = {rollout.max_num_seqs}",
+            ("rollout.max_num_batched_tokens", "rollout.max_num_seqs"),
+        )
+
+
+def _lengths(cfg: "Config") -> Problems:
+    """The longest sequence has to fit vLLM's plan and every microbatch."""
+    longest, words = longest_sequence(cfg)
+    limits = {
+        "rollout.max_model_len": cfg.rollout.max_model_len,
+        "train.train_mb_tokens": cfg.train.train_mb_tokens,
+        "train.logprob_mb_tokens": cfg.train.logprob_mb_tokens,
+    }
+    for path, limit in limits.items():
+        if limit is not None and limit < longest:
+            yield Problem(f"{path} = {limit} is less than the longest sequence: {words}", (path, *LENGTHS))
+
+
+def _examples(cfg: "Config") -> Problems:
+    """The longest prompt leaves room to learn something; longer examples are dropped or refused as they are read."""
+    prompt, budget = cfg.data.max_prompt_length, cfg.train.train_mb_tokens
+    sides = 2 if cfg.algorithm == "preference" else 1
+    if budget < sides * (prompt + 1):
+        what, times = ("pair", "2 x (") if sides == 2 else ("example", "")
+        yield Problem(
+            f"train.train_mb_tokens = {budget} is less than the shortest {what} with the longest prompt: "
+            f"{times}data.max_prompt_length {prompt} + 1 token of response{')' * (sides - 1)} = {sides * (prompt + 1)}",
+            ("train.train_mb_tokens", "data.max_prompt_length"),
+        )

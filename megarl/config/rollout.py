@@ -1,0 +1,98 @@
+"""Sampling: the vLLM engines, what samples are worth, and how weights get from the policy to the engines."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from omegaconf import MISSING
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    num_prompts_per_step: int = 64
+    """Prompts sampled in a step, over the whole job."""
+    num_generations_per_prompt: int = 8
+    """Samples of each prompt: the group that advantages are computed in."""
+    tensor_parallel_size: int = 1
+    """Consecutive ranks that form one vLLM engine; there are as many engines as fit."""
+    max_response_length: int = 1024
+    """Longest response in tokens."""
+    temperature: float = 1.0
+    """Sampling temperature; the policy's log-probs are taken at the same."""
+    top_p: float = 1.0
+    """Nucleus sampling: keep the likeliest tokens that together have this probability."""
+    top_k: int = -1
+    """Keep only this many likeliest tokens; -1 keeps all."""
+    stop_token_ids: list[int] = field(default_factory=list)
+    """Token ids that end a response, besides the model's own end of sequence."""
+    gpu_memory_utilization: float = 0.6
+    """Share of a GPU's memory that vLLM may take for weights and KV cache."""
+    max_model_len: int | None = None
+    """Longest sequence that vLLM plans for; null means `data.max_prompt_length` + `max_response_length`."""
+    max_num_seqs: int = 256
+    """Most sequences that an engine decodes at the same time."""
+    max_num_batched_tokens: int | None = None
+    """Most tokens in one forward pass of an engine; null leaves it to vLLM."""
+    enforce_eager: bool = False
+    """Run vLLM without CUDA graphs."""
+    kv_cache_gb: float = 1.0
+    """Size of the KV cache of a rank in GB, on CPU only."""
+    sleep_level: Literal[1, 2] = 1
+    """What vLLM does with its weights while the policy trains: keep them in host memory (1) or drop them (2)."""
+    dtype: Literal["bf16", "fp32"] | None = None
+    """Number format of vLLM's weights; null means `model.dtype`."""
+    quantization: Literal["fp8"] | None = None
+    """Let vLLM quantise the weights, at its start and at every push; null leaves them as they are."""
+
+
+@dataclass(frozen=True)
+class RewardFunction:
+    name: str = MISSING
+    """math, exact, format, countdown, or a function of your own as package.module:function."""
+    weight: float = 1.0
+    """Factor of this reward in the sum."""
+    args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments for the function."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    functions: list[RewardFunction] = field(default_factory=lambda: [RewardFunction("math")])
+    """Rewards whose weighted sum scores a sample."""
+    workers: int = 2
+    """Worker processes that compute rewards, for each vLLM engine; they belong to the engine's first rank."""
+    timeout_s: float = 10.0
+    """Seconds that one sample may take; a worker that needs longer is killed and replaced."""
+    on_error: Literal["drop_group", "abort"] = "drop_group"
+    """After a reward fails on a sample: drop that prompt's whole group, or end the run."""
+
+
+@dataclass(frozen=True)
+class ValidationConfig:
+    val_period: int = 0
+    """Steps between validations; 0 means none in between."""
+    val_at_start: bool = True
+    """Validate before the first step, when `data.val_path` is set."""
+    val_at_end: bool = True
+    """Validate after the last step, when `data.val_path` is set."""
+    max_val_samples: int | None = None
+    """Use only the first so many held-out prompts; null uses all."""
+    val_temperature: float = 0.0
+    """Sampling temperature of validation, at least 0.01; 0 is greedy."""
+    val_top_p: float = 1.0
+    """Nucleus sampling of validation."""
+    val_num_generations_per_prompt: int = 1
+    """Samples of each held-out prompt; accuracy is their mean (pass@1)."""
+    val_reward: str | None = None
+    """Reward function whose mean is val/accuracy; null takes the first of `reward.functions`."""
+
+
+@dataclass(frozen=True)
+class WeightSyncConfig:
+    bucket_size_mb: int = 256
+    """Weights travel from the policy to vLLM in exchanges for which no rank needs larger buffers."""
+    verify: bool = False
+    """Send weights twice at every push, and stop if vLLM does not compute with the same bits after both."""
+    max_gen_kl_error: float | None = None
+    """Largest `gen_kl_error` (KL between what vLLM sampled with and what the policy computes) before it is an error."""
+    max_token_mult_prob_error: float | None = None
+    """Largest `token_mult_prob_error` (mean factor between those probabilities, 1 when equal) before it is an error."""
