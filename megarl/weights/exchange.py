@@ -6,6 +6,7 @@ Buffers hold, for each rank in turn, the blocks that a `megarl.weights.plan.Buck
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -17,16 +18,28 @@ BlockOf = Callable[[Block], torch.Tensor]
 Place = Callable[[str], torch.Tensor]
 
 
-def pack(bucket: Bucket, size: int, own: BlockOf, device: torch.device) -> tuple[torch.Tensor, list[int]]:
-    """What this rank sends, and how many bytes of it to each of ``size`` ranks."""
-    sizes = [buffer_bytes(bucket.sends.get(rank, ())) for rank in range(size)]
-    buffer = torch.empty(sum(sizes), dtype=torch.uint8, device=device)
+@dataclass(frozen=True)
+class Arrived:
+    """What an exchange brought: bytes by sender. They stay as they are, or only (not ``lasting``) until the stream's
+    next bucket."""
+
+    parts: dict[int, torch.Tensor]
+    lasting: bool
+
+
+def pack(bucket: Bucket, size: int, own: BlockOf, buffer: torch.Tensor) -> list[int]:
+    """Put what this rank sends into a buffer of bytes. How many of them are for each of ``size`` ranks."""
     at = 0
     for rank in range(size):
         for block in bucket.sends.get(rank, ()):
             _slot(buffer, at, block).copy_(own(block))
             at += aligned(block.nbytes)
-    return buffer, sizes
+    return [buffer_bytes(bucket.sends.get(rank, ())) for rank in range(size)]
+
+
+def packed_bytes(bucket: Bucket, size: int) -> int:
+    """How many bytes this rank sends to all of ``size`` ranks."""
+    return sum(buffer_bytes(bucket.sends.get(rank, ())) for rank in range(size))
 
 
 def room(bucket: Bucket, size: int) -> list[int]:
@@ -36,7 +49,7 @@ def room(bucket: Bucket, size: int) -> list[int]:
 
 def unpack(
     bucket: Bucket,
-    arrived: torch.Tensor,
+    arrived: Arrived,
     own: BlockOf,
     unfinished: dict[str, torch.Tensor],
     place: Place | None = None,
@@ -44,24 +57,21 @@ def unpack(
     """Put blocks together, and give a tensor away as soon as it has all of its own.
 
     ``unfinished`` keeps tensors that go on in the next bucket. Without a ``place``, a tensor that arrived as
-    one block is a view of the buffer; never of a parameter, since some of vLLM's loaders write into what they are
-    given.
+    one block is a view of what arrived, if that lasts; never of a parameter, since some of vLLM's loaders write into
+    what they are given.
     """
-    at, start = {}, 0
-    for sender in sorted(bucket.receives):
-        at[sender] = start
-        start += buffer_bytes(bucket.receives[sender])
+    at = dict.fromkeys(bucket.receives, 0)
     name = ""
     for sender, block in bucket.arrivals:
         if name != block.item.name and name in bucket.completes:
             yield name, unfinished.pop(name)
         name = block.item.name
         if sender in at:
-            data = _slot(arrived, at[sender], block)
+            data = _slot(arrived.parts[sender], at[sender], block)
             at[sender] += aligned(block.nbytes)
         else:
             data = own(block)
-        if place is None and sender in at and block.is_all:
+        if place is None and sender in at and block.is_all and arrived.lasting:
             unfinished[name] = data
             continue
         if name not in unfinished:

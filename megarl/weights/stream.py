@@ -1,24 +1,22 @@
 """A live model as a stream of Hugging Face tensors, in bounded memory: what pushes to vLLM and exports consume.
 
-Ranks exchange blocks of their parameters by a static plan (`megarl.weights.plan`), one collective a bucket. While a
-bucket's tensors are used, the next bucket is already on its way.
+Ranks exchange blocks of their parameters by a static plan (`megarl.weights.plan`), a bucket at a time
+(`megarl.weights.transport`). While a bucket's tensors are used, the next bucket is already on its way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 
 from megarl.model.family import ModelSpec
 from megarl.parallel.mesh import Mesh
-from megarl.weights.exchange import Place, pack, room, unpack
+from megarl.weights.exchange import Place, unpack
 from megarl.weights.names import canonical_parameters
 from megarl.weights.plan import (
     Block,
-    Bucket,
     Held,
     Holders,
     Item,
@@ -29,6 +27,7 @@ from megarl.weights.plan import (
     whole,
 )
 from megarl.weights.rules import CanonTensor
+from megarl.weights.transport import transport
 
 # The model's tensors, in streaming order -> the tensors that travel, in order, and who needs what of them (ranks by
 # their position in `Mesh.replica_ranks`).
@@ -77,6 +76,7 @@ class WeightStream:
         self.items, needs = deal(items_of(tensors.values(), holders.dtypes))
         size, position = len(mesh.replica_ranks), mesh.replica_ranks.index(mesh.rank)
         self.buckets = make_plan(self.items, holders, needs, size, position, bucket_bytes)
+        self.transport = transport(mesh, self.buckets)
 
     @property
     def metadata(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
@@ -101,44 +101,17 @@ class WeightStream:
         """The pairs; with a ``place``, each tensor in the place (of its shape and dtype) that this gives for its
         name."""
         unfinished: dict[str, torch.Tensor] = {}
-        on_its_way = self._send(self.buckets[0])
+        on_its_way = self.transport.send(self.buckets[0], self._own)
         for k, bucket in enumerate(self.buckets):
             arrived = on_its_way.wait()
             if k + 1 < len(self.buckets):
-                on_its_way = self._send(self.buckets[k + 1])
+                on_its_way = self.transport.send(self.buckets[k + 1], self._own)
             yield from unpack(bucket, arrived, self._own, unfinished, place)
             del arrived
-
-    def _send(self, bucket: Bucket) -> _OnItsWay:
-        """Pack what others need and begin the exchange. It reads the parameters now, and not again."""
-        size, device = len(self.mesh.replica_ranks), self.mesh.device
-        if not bucket.travels:
-            nothing = torch.empty(0, dtype=torch.uint8)
-            return _OnItsWay(nothing, nothing, None)
-        outgoing, sizes = pack(bucket, size, self._own, device)
-        coming = room(bucket, size)
-        incoming = torch.empty(sum(coming), dtype=torch.uint8, device=device)
-        work = dist.all_to_all_single(incoming, outgoing, coming, sizes, group=self.mesh.replica_group, async_op=True)
-        return _OnItsWay(outgoing, incoming, work)
+        self.transport.rest()
 
     def _own(self, block: Block) -> torch.Tensor:
         return block.of(self.value(self.parameters[block.tensor]))
-
-
-@dataclass
-class _OnItsWay:
-    """A running exchange and its buffers, which have to stay until it is over."""
-
-    outgoing: torch.Tensor
-    incoming: torch.Tensor
-    work: dist.Work | None
-
-    def wait(self) -> torch.Tensor:
-        """What arrived: for each sender in turn, its blocks."""
-        if self.work is not None:
-            self.work.wait()
-        self.outgoing = torch.empty(0)
-        return self.incoming
 
 
 def first_expert(spec: ModelSpec, mesh: Mesh) -> int:

@@ -6,25 +6,32 @@ environment set; what it returns on each rank comes back as a list.
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import importlib
 import multiprocessing
 import os
+import signal
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
-CASE_TIMEOUT_S = 120
+CASE_TIMEOUT_S = 280  # a little less than pytest's own limit on a test, which could not say where the ranks are
 
 
 class RankPool:
     def __init__(self, size: int) -> None:
+        self.size = size
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipes: list[Connection] = []
         self.processes = []
-        for rank in range(size):
+        for rank in range(self.size):
             ours, theirs = context.Pipe()
             process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
             process.start()
@@ -32,17 +39,27 @@ class RankPool:
             self.processes.append(process)
 
     def run(self, case: Callable[..., Any], world: int, **kwargs: Any) -> list[Any]:
-        """Run ``case(**kwargs)`` on ``world`` ranks. Raises AssertionError with every failed rank's traceback."""
+        """Run ``case(**kwargs)`` on ``world`` ranks. Raises AssertionError with every failed rank's traceback.
+
+        If a rank does not answer, every rank's stacks go to stderr and the next case gets new processes.
+        """
         port = _free_port()
         for pipe in self.pipes[:world]:
             pipe.send((case.__module__, case.__name__, world, port, kwargs))
-        results, errors = [], []
+        deadline = time.monotonic() + CASE_TIMEOUT_S
+        results, errors, silent = [], [], []
         for rank, pipe in enumerate(self.pipes[:world]):
-            if not pipe.poll(CASE_TIMEOUT_S):
-                raise AssertionError(f"rank {rank} did not answer within {CASE_TIMEOUT_S} s; {errors}")
+            # Once one is late, the others had their time too.
+            if not pipe.poll(max(deadline - time.monotonic(), 0)):
+                silent.append(rank)
+                continue
             value, error = pipe.recv()
             results.append(value)
             errors += [f"rank {rank}:\n{error}"] if error else []
+        if silent:
+            self._restart()
+            late = f"ranks {silent} did not answer within {CASE_TIMEOUT_S} s (their stacks are in stderr)"
+            raise AssertionError("\n".join([late, *errors]))
         assert not errors, "\n".join(errors)
         return results
 
@@ -52,6 +69,17 @@ class RankPool:
         for process in self.processes:
             process.join(5)
             process.kill()
+
+    def _restart(self) -> None:
+        for process in self.processes:
+            os.kill(process.pid, signal.SIGUSR1)
+            time.sleep(0.5)  # so that the stacks come one after another
+        for process in self.processes:
+            process.kill()
+            process.join()
+        for pipe in self.pipes:
+            pipe.close()
+        self._start()
 
 
 def _free_port() -> int:
@@ -65,6 +93,7 @@ def _serve(rank: int, pipe: Connection) -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     while True:
         try:
             module, name, world, port, kwargs = pipe.recv()
