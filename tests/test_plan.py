@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megarl.model.family import EMBEDDING, ModelSpec
-from megarl.weights.exchange import pack, room, unpack
+from megarl.weights.exchange import Arrived, pack, packed_bytes, room, unpack
 from megarl.weights.plan import Box, Held, Holders, Item, items_of, make_plan, share_of
 from megarl.weights.rules import CanonTensor
 from megarl.weights.shard import local_shape, segments
@@ -86,7 +86,7 @@ def parameters_of(spec: ModelSpec, layout: Layout, hf: dict[str, torch.Tensor], 
     return parameters, held
 
 
-def exchange(spec, layout, hf, needs, bucket_bytes, items=None):
+def exchange(spec, layout, hf, needs, bucket_bytes, items=None, lasting=True):
     """What every rank gets: name -> tensor, and the largest buffers of any rank and bucket."""
     ranks = range(layout.size)
     parameters, held = zip(*(parameters_of(spec, layout, hf, rank) for rank in ranks), strict=True)
@@ -99,17 +99,21 @@ def exchange(spec, layout, hf, needs, bucket_bytes, items=None):
     largest = 0
     for step in zip(*plans, strict=True):
         own = [lambda block, mine=mine: block.of(mine[block.tensor]) for mine in parameters]
-        packed = [pack(bucket, layout.size, own[rank], torch.device("cpu")) for rank, bucket in enumerate(step)]
+        buffers = [torch.empty(packed_bytes(bucket, layout.size), dtype=torch.uint8) for bucket in step]
+        sizes = [pack(bucket, layout.size, own[r], buffers[r]) for r, bucket in enumerate(step)]
         assert len({bucket.travels for bucket in step}) == 1
-        assert step[0].travels == any(len(buffer) for buffer, _ in packed)
+        assert step[0].travels == any(len(buffer) for buffer in buffers)
         for rank, bucket in enumerate(step):
-            pieces = [buffer.split(sizes)[rank] for buffer, sizes in packed]
+            pieces = [buffer.split(cuts)[rank] for buffer, cuts in zip(buffers, sizes, strict=True)]
             assert [len(piece) for piece in pieces] == room(bucket, layout.size)
-            arrived = torch.cat(pieces)
-            largest = max(largest, len(arrived) + len(packed[rank][0]))
+            largest = max(largest, sum(map(len, pieces)) + len(buffers[rank]))
+            arrived = Arrived(dict(enumerate(pieces)), lasting=lasting)
             for name, tensor in unpack(bucket, arrived, own[rank], unfinished[rank]):
                 assert name not in got[rank]
                 got[rank][name] = tensor
+        if not lasting:
+            for buffer in buffers:
+                buffer.fill_(0xAB)
     assert not any(unfinished)
     return got, largest
 
@@ -194,7 +198,7 @@ def test_every_rank_gets_what_it_needs_bit_for_bit_and_once(case, random):
         return boxes[rank, name]
 
     items = items_of(spec.tensors(), _int16(spec))
-    some, _ = exchange(spec, layout, hf, needs, bucket_bytes)
+    some, _ = exchange(spec, layout, hf, needs, bucket_bytes, lasting=False)  # what arrives is overwritten afterwards
     for rank in range(layout.size):
         masks, counts = wanted(items, needs, rank), delivered(spec, layout, needs, rank, items)
         for item in items:

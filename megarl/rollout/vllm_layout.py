@@ -59,4 +59,6 @@ def _vocabulary(rows: int, tp_size: int, tp_rank: int) -> Box:
     if padded % tp_size:
         return EVERYTHING
     share = padded // tp_size
-    return Box(min(rows, tp_rank * share), min(rows, (tp_rank + 1) * share))
+    # A rank of which all is padding keeps nothing, but vLLM waits for every tensor: one row tells it.
+    top = min(rows - 1, tp_rank * share)
+    return Box(top, max(top + 1, min(rows, (tp_rank + 1) * share)))
