@@ -13,6 +13,7 @@ from megarl.weights.exchange import Arrived, pack, packed_bytes, room, unpack
 from megarl.weights.plan import Box, Held, Holders, Item, items_of, make_plan, share_of
 from megarl.weights.rules import CanonTensor
 from megarl.weights.shard import local_shape, segments
+from megarl.weights.transport import Unpacking
 from tests.test_rules import specs
 
 
@@ -107,7 +108,7 @@ def exchange(spec, layout, hf, needs, bucket_bytes, items=None, lasting=True):
             pieces = [buffer.split(cuts)[rank] for buffer, cuts in zip(buffers, sizes, strict=True)]
             assert [len(piece) for piece in pieces] == room(bucket, layout.size)
             largest = max(largest, sum(map(len, pieces)) + len(buffers[rank]))
-            arrived = Arrived(dict(enumerate(pieces)), lasting=lasting)
+            arrived = Arrived(Unpacking(pieces), lasting=lasting)
             for name, tensor in unpack(bucket, arrived, own[rank], unfinished[rank]):
                 assert name not in got[rank]
                 got[rank][name] = tensor

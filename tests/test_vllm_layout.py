@@ -7,7 +7,7 @@ import pytest
 from megarl.model.family import EMBEDDING
 from megarl.rollout.vllm_layout import kept_by
 from megarl.weights.plan import Box
-from tests.conftest import tiny_spec
+from tests.test_rules import spec_of
 
 
 @pytest.mark.parametrize(
@@ -21,7 +21,7 @@ from tests.conftest import tiny_spec
     ],
 )
 def test_vocabulary(vocab_size, tp_size, boxes):
-    spec = tiny_spec("llama", vocab_size=vocab_size)
+    spec = spec_of("llama", vocab_size=vocab_size)
     [embedding] = [tensor for tensor in spec.tensors() if tensor.name == EMBEDDING]
     kept = kept_by(spec, tp_size)
     assert [kept(rank, embedding, "model.embed_tokens.weight") for rank in range(tp_size)] == boxes

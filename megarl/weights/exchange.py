@@ -20,10 +20,10 @@ Place = Callable[[str], torch.Tensor]
 
 @dataclass(frozen=True)
 class Arrived:
-    """What an exchange brought: bytes by sender. They stay as they are, or only (not ``lasting``) until the stream's
-    next bucket."""
+    """What an exchange brought: ``of(sender, block)``, asked for in the order of the bucket's arrivals. Blocks stay as
+    they are, or (not ``lasting``) have to be copied before the stream's next bucket, and not be written to."""
 
-    parts: dict[int, torch.Tensor]
+    of: Callable[[int, Block], torch.Tensor]
     lasting: bool
 
 
@@ -32,7 +32,7 @@ def pack(bucket: Bucket, size: int, own: BlockOf, buffer: torch.Tensor) -> list[
     at = 0
     for rank in range(size):
         for block in bucket.sends.get(rank, ()):
-            _slot(buffer, at, block).copy_(own(block))
+            block.in_buffer(buffer, at).copy_(own(block))
             at += aligned(block.nbytes)
     return [buffer_bytes(bucket.sends.get(rank, ())) for rank in range(size)]
 
@@ -60,18 +60,14 @@ def unpack(
     one block is a view of what arrived, if that lasts; never of a parameter, since some of vLLM's loaders write into
     what they are given.
     """
-    at = dict.fromkeys(bucket.receives, 0)
     name = ""
     for sender, block in bucket.arrivals:
         if name != block.item.name and name in bucket.completes:
             yield name, unfinished.pop(name)
         name = block.item.name
-        if sender in at:
-            data = _slot(arrived.parts[sender], at[sender], block)
-            at[sender] += aligned(block.nbytes)
-        else:
-            data = own(block)
-        if place is None and sender in at and block.is_all and arrived.lasting:
+        travelled = sender in bucket.receives
+        data = arrived.of(sender, block) if travelled else own(block)
+        if place is None and travelled and arrived.lasting and block.is_all:
             unfinished[name] = data
             continue
         if name not in unfinished:
@@ -79,8 +75,3 @@ def unpack(
         block.hf.view(unfinished[name]).copy_(data)
     if name in bucket.completes:
         yield name, unfinished.pop(name)
-
-
-def _slot(buffer: torch.Tensor, at: int, block: Block) -> torch.Tensor:
-    """Where a block is in a buffer of bytes, as a view of the block's dtype and shape."""
-    return buffer[at : at + block.nbytes].view(block.item.dtype).view(block.shape)

@@ -94,6 +94,10 @@ class Block:
         """The block as a view of the parameter."""
         return parameter[self.rows] if self.columns is None else parameter[self.rows, self.columns]
 
+    def in_buffer(self, buffer: torch.Tensor, at: int) -> torch.Tensor:
+        """Where the block is in a buffer of bytes, as a view of its dtype and shape."""
+        return buffer[at : at + self.nbytes].view(self.item.dtype).view(self.shape)
+
 
 @dataclass
 class Bucket:

@@ -76,7 +76,7 @@ class WeightStream:
         self.items, needs = deal(items_of(tensors.values(), holders.dtypes))
         size, position = len(mesh.replica_ranks), mesh.replica_ranks.index(mesh.rank)
         self.buckets = make_plan(self.items, holders, needs, size, position, bucket_bytes)
-        self.transport = transport(mesh, self.buckets)
+        self.transport = transport(mesh, self.buckets, self._values, self._own)
 
     @property
     def metadata(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
@@ -101,14 +101,18 @@ class WeightStream:
         """The pairs; with a ``place``, each tensor in the place (of its shape and dtype) that this gives for its
         name."""
         unfinished: dict[str, torch.Tensor] = {}
-        on_its_way = self.transport.send(self.buckets[0], self._own)
+        self.transport.begin()
+        on_its_way = self.transport.send(self.buckets[0])
         for k, bucket in enumerate(self.buckets):
             arrived = on_its_way.wait()
             if k + 1 < len(self.buckets):
-                on_its_way = self.transport.send(self.buckets[k + 1], self._own)
+                on_its_way = self.transport.send(self.buckets[k + 1])
             yield from unpack(bucket, arrived, self._own, unfinished, place)
             del arrived
-        self.transport.rest()
+        self.transport.end()
+
+    def _values(self) -> dict[str, torch.Tensor]:
+        return {name: self.value(parameter) for name, parameter in self.parameters.items()}
 
     def _own(self, block: Block) -> torch.Tensor:
         return block.of(self.value(self.parameters[block.tensor]))

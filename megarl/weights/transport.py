@@ -1,18 +1,18 @@
-"""How the bytes of a bucket get from rank to rank: by a collective, or through memory that ranks of one host share.
+"""How blocks get from rank to rank: by a collective, or by reading the memory of the rank that holds them.
 
 Both give the same bytes. gloo sends through sockets even to the process next door, which costs several copies in the
-kernel. Where all ranks of a replica compute on CPUs of one host, each therefore packs what others need into memory of
-its own that they map too, and copies what it needs out of theirs.
+kernel. Where all ranks of a replica compute on CPUs of one host, their parameters therefore lie in shared memory, and
+each rank copies what it needs straight out of the others': no buckets are filled, and nothing is sent.
 """
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
-import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -20,7 +20,10 @@ import torch.distributed as dist
 
 from megarl.parallel.mesh import Mesh
 from megarl.weights.exchange import Arrived, BlockOf, pack, packed_bytes, room
-from megarl.weights.plan import Bucket
+from megarl.weights.plan import Block, Bucket, aligned
+
+_SHARED = Path("/dev/shm")  # where torch puts a tensor's memory to share it
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
 
 
 class OnItsWay(Protocol):
@@ -30,50 +33,54 @@ class OnItsWay(Protocol):
 
 
 class Transport(Protocol):
-    """Exchanges buckets, in the order of the plan. Every method is a collective over the ranks of a model replica."""
+    """Exchanges the buckets of a plan, in order. Every method is a collective over the ranks of a model replica."""
 
-    def send(self, bucket: Bucket, own: BlockOf) -> OnItsWay:
-        """Pack what others need and begin the exchange. It reads the parameters now, and not again. The exchange before
-        it has to be over, what arrived in the one before that used up."""
+    def begin(self) -> None:
+        """The parameters are what they should be, and stay so until `end`."""
 
-    def rest(self) -> None:
-        """Give memory back until the next exchange. What arrived has to be used up."""
+    def send(self, bucket: Bucket) -> OnItsWay:
+        """Begin the exchange of the next bucket. The one before it has to be over."""
+
+    def end(self) -> None:
+        """Every rank has used what arrived."""
 
 
-def transport(mesh: Mesh, buckets: Sequence[Bucket]) -> Transport:
-    """The faster one that works between the ranks of ``mesh.replica_group``."""
-    shared = None
-    if mesh.device.type == "cpu" and len(mesh.replica_ranks) > 1:
-        shared = SharedMemory.join(mesh, max(packed_bytes(bucket, len(mesh.replica_ranks)) for bucket in buckets))
-    return shared or Collective(mesh)
+# What this rank holds of the streamed tensors, as it is now.
+Parameters = Callable[[], Mapping[str, torch.Tensor]]
+
+
+def transport(mesh: Mesh, buckets: Sequence[Bucket], parameters: Parameters, own: BlockOf) -> Transport:
+    """The fastest that works between the ranks of ``mesh.replica_group``."""
+    if mesh.device.type == "cpu" and any(bucket.travels for bucket in buckets):
+        shared = SharedMemory(mesh, parameters)
+        if shared.join():
+            return shared
+    return Collective(mesh, own)
 
 
 class Collective:
     """One all-to-all a bucket."""
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, own: BlockOf) -> None:
         self._mesh = mesh
+        self._own = own
 
-    def send(self, bucket: Bucket, own: BlockOf) -> OnItsWay:
+    def begin(self) -> None:
+        pass  # a bucket is packed when it is sent
+
+    def send(self, bucket: Bucket) -> OnItsWay:
         if not bucket.travels:
-            return _Nothing()
+            return _Ready(Arrived(_nothing, lasting=True))
         group, device = self._mesh.replica_group, self._mesh.device
         outgoing = torch.empty(packed_bytes(bucket, group.size()), dtype=torch.uint8, device=device)
-        sizes = pack(bucket, group.size(), own, outgoing)
+        sizes = pack(bucket, group.size(), self._own, outgoing)
         coming = room(bucket, group.size())
         incoming = torch.empty(sum(coming), dtype=torch.uint8, device=device)
         work = dist.all_to_all_single(incoming, outgoing, coming, sizes, group=group, async_op=True)
         return _Exchange(outgoing, incoming, coming, work)
 
-    def rest(self) -> None:
-        pass  # each exchange has buffers of its own
-
-
-class _Nothing:
-    """A bucket of which nothing travels."""
-
-    def wait(self) -> Arrived:
-        return Arrived({}, lasting=True)
+    def end(self) -> None:
+        pass
 
 
 @dataclass
@@ -88,106 +95,160 @@ class _Exchange:
     def wait(self) -> Arrived:
         self.work.wait()
         self.outgoing = torch.empty(0)
-        return Arrived(dict(enumerate(self.incoming.split(self.coming))), lasting=True)
+        return Arrived(Unpacking(self.incoming.split(self.coming)), lasting=True)
 
 
-class SharedMemory:
-    """Two slots on each rank: one is read while the next is filled.
+class Unpacking:
+    """Blocks out of the buffers that came from each rank, in the order in which they were packed."""
 
-    A slot begins with where each receiver's part of it starts, as 64-bit numbers. The memory has no name in any file
-    system: it goes when the last process that maps it does, however that ends.
-    """
+    def __init__(self, buffers: Sequence[torch.Tensor]) -> None:
+        self._buffers = buffers
+        self._at = [0] * len(buffers)
 
-    def __init__(self, mesh: Mesh, slots: list[list[torch.Tensor]], own: mmap.mmap) -> None:
-        self._group = mesh.replica_group
-        self._position = mesh.replica_ranks.index(mesh.rank)
-        self._slots = slots  # [rank][slot], bytes
-        self._own = own
-        self._turn = 0
-
-    @classmethod
-    def join(cls, mesh: Mesh, nbytes: int) -> SharedMemory | None:
-        """Memory for exchanges of which this rank sends ``nbytes`` at most. None, on all ranks, where one of them
-        cannot map another's: on another host, in a container of its own, on a system without memfd. A collective."""
-        group = mesh.replica_group
-        token = secrets.token_bytes(16)
-        own = _create(2 * (_table_bytes(group.size()) + nbytes), token)
-        offers: list[tuple[str, bytes] | None] = [None] * group.size()
-        dist.all_gather_object(offers, own and (f"/proc/{os.getpid()}/fd/{own[0]}", token), group=group)
-        maps = [_open(offer) for offer in offers]
-        agreed = torch.tensor([all(found is not None for found in maps)], dtype=torch.int)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=group)
-        if own:
-            os.close(own[0])  # the maps keep the memory
-        if own is None or not agreed.item():
-            return None
-        slots = [list(torch.frombuffer(m, dtype=torch.uint8).chunk(2)) for m in maps if m is not None]
-        return cls(mesh, slots, own[1])
-
-    def send(self, bucket: Bucket, own: BlockOf) -> OnItsWay:
-        if not bucket.travels:
-            return _Nothing()
-        self._turn ^= 1  # every rank has read what is in here: it said so when the exchange before this one was over
-        slot, size = self._slots[self._position][self._turn], self._group.size()
-        table = _table_bytes(size)
-        sizes = pack(bucket, size, own, slot[table:])
-        starts = torch.tensor([table, *sizes]).cumsum(0)[:-1]
-        slot[: 8 * size].view(torch.int64).copy_(starts)
-        return _Filled(self, self._turn, room(bucket, size))
-
-    def arrived(self, turn: int, coming: list[int]) -> Arrived:
-        """Wait until every rank has filled its slot, and used up what arrived before."""
-        self._meet()
-        parts = {}
-        for sender, nbytes in enumerate(coming):
-            if nbytes:
-                slot = self._slots[sender][turn]
-                start = int(slot[8 * self._position : 8 * self._position + 8].view(torch.int64))
-                parts[sender] = slot[start : start + nbytes]
-        return Arrived(parts, lasting=False)
-
-    def rest(self) -> None:
-        self._meet()
-        self._own.madvise(mmap.MADV_REMOVE)
-
-    def _meet(self) -> None:
-        dist.all_reduce(torch.zeros(1), group=self._group)
+    def __call__(self, sender: int, block: Block) -> torch.Tensor:
+        at = self._at[sender]
+        self._at[sender] += aligned(block.nbytes)
+        return block.in_buffer(self._buffers[sender], at)
 
 
 @dataclass(frozen=True)
-class _Filled:
-    """This rank's slot is filled."""
+class _Ready:
+    """What needs no waiting."""
 
-    memory: SharedMemory
-    turn: int
-    coming: list[int]
+    arrived: Arrived
 
     def wait(self) -> Arrived:
-        return self.memory.arrived(self.turn, self.coming)
+        return self.arrived
 
 
-def _table_bytes(size: int) -> int:
-    return -(-8 * size // 64) * 64  # what follows is aligned for any dtype
+def _nothing(sender: int, block: Block) -> torch.Tensor:
+    raise AssertionError(f"{block.item.name} comes from rank {sender} of the replica in a bucket that does not travel")
 
 
-def _create(nbytes: int, token: bytes) -> tuple[int, mmap.mmap] | None:
-    """New memory that begins with the token, with its file descriptor."""
-    if not hasattr(os, "memfd_create") or not hasattr(mmap, "MADV_REMOVE"):
+@dataclass(frozen=True)
+class _Storage:
+    """Memory of a process, as others find it: by the number of an open file, whose inode says that it is the one."""
+
+    descriptor: int
+    device: int
+    inode: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class _View:
+    """A tensor in one of a process's storages."""
+
+    storage: int
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class _Offer:
+    """A rank's parameters, for others to map. ``boot`` names the running kernel: one host, or containers of one."""
+
+    boot: str
+    process: int
+    storages: list[_Storage]
+    views: dict[str, _View]
+
+
+class SharedMemory:
+    """Parameters in memory that all ranks of the replica map.
+
+    The memory has no name in any file system: it goes when the last process that maps it does, however that ends.
+    """
+
+    def __init__(self, mesh: Mesh, parameters: Parameters) -> None:
+        self._mesh = mesh
+        self._parameters = parameters
+        self._shared: list[int] = []  # addresses of the storages that others have mapped
+        self._theirs: list[dict[str, torch.Tensor]] = []  # by rank of the replica
+
+    def join(self) -> bool:
+        """Move the parameters' memory, in place, to where others can map it. False, on all ranks, where that cannot be:
+        ranks on several hosts, /dev/shm too small, a system without /proc. A collective."""
+        parameters = self._parameters()
+        storages = _storages(parameters)
+        if not self._all(_SHARED.is_dir() and _BOOT.is_file() and self._fits(storages)):
+            return False
+        offers: list[_Offer | None] = [None] * self._mesh.replica_group.size()
+        dist.all_gather_object(offers, _offer(parameters, storages), group=self._mesh.replica_group)
+        self._shared = [storage.data_ptr() for storage in storages]
+        maps = [_open(offer) for offer in offers if offer is not None]
+        self._theirs = [found for found in maps if found is not None]
+        return self._all(len(self._theirs) == len(offers))
+
+    def begin(self) -> None:
+        unmoved = self._shared == [storage.data_ptr() for storage in _storages(self._parameters())]
+        if not self._all(unmoved) and not self.join():
+            raise RuntimeError(
+                f"rank {self._mesh.rank}: parameters moved to where no other can map them; is {_SHARED} full?"
+            )
+
+    def send(self, bucket: Bucket) -> OnItsWay:
+        return _Ready(Arrived(self._block, lasting=False))
+
+    def end(self) -> None:
+        self._all(True)
+
+    def _block(self, sender: int, block: Block) -> torch.Tensor:
+        return block.of(self._theirs[sender][block.tensor])
+
+    def _all(self, mine: bool) -> bool:
+        """Whether it is so on all ranks; known once all have got here."""
+        flag = torch.tensor([mine], dtype=torch.int)
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=self._mesh.replica_group)
+        return bool(flag.item())
+
+    def _fits(self, storages: list[torch.UntypedStorage]) -> bool:
+        """Whether /dev/shm has room, if every rank of the job needs as much of it as this one."""
+        needed = sum(storage.nbytes() for storage in storages if not storage.is_shared())
+        space = os.statvfs(_SHARED)
+        return needed * self._mesh.world_size <= space.f_bavail * space.f_frsize
+
+
+def _storages(parameters: Mapping[str, torch.Tensor]) -> list[torch.UntypedStorage]:
+    """Each once: megatron's buffers hold many parameters."""
+    return list({x.untyped_storage().data_ptr(): x.untyped_storage() for x in parameters.values()}.values())
+
+
+def _offer(parameters: Mapping[str, torch.Tensor], storages: list[torch.UntypedStorage]) -> _Offer:
+    number = {storage.data_ptr(): k for k, storage in enumerate(storages)}
+    views = {
+        name: _View(number[x.untyped_storage().data_ptr()], x.storage_offset(), tuple(x.shape), x.stride(), x.dtype)
+        for name, x in parameters.items()
+    }
+    shared = []
+    for storage in storages:
+        # What torch's multiprocessing calls: it moves the memory, and gives the descriptor that the storage keeps open.
+        descriptor, nbytes = storage._share_fd_cpu_()
+        status = os.fstat(descriptor)
+        shared.append(_Storage(descriptor, status.st_dev, status.st_ino, nbytes))
+    return _Offer(_BOOT.read_text(), os.getpid(), shared, views)
+
+
+def _open(offer: _Offer) -> dict[str, torch.Tensor] | None:
+    """Another rank's parameters; None where they cannot be mapped here."""
+    if offer.boot != _BOOT.read_text():
         return None
-    descriptor = os.memfd_create("megarl-weights")
-    os.ftruncate(descriptor, -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE)
-    memory = mmap.mmap(descriptor, 0)
-    memory[: len(token)] = token
-    return descriptor, memory
+    mapped = [_map(offer.process, storage) for storage in offer.storages]
+    out = {}
+    for name, view in offer.views.items():
+        memory = mapped[view.storage]
+        if memory is None:
+            return None
+        out[name] = memory.view(view.dtype).as_strided(view.shape, view.strides, view.offset)
+    return out
 
 
-def _open(offer: tuple[str, bytes] | None) -> mmap.mmap | None:
-    """Another rank's memory; None where its path leads nowhere here, or to something else."""
-    if offer is None:
-        return None
-    path, token = offer
-    with contextlib.suppress(OSError, ValueError), open(path, "r+b") as file:
-        memory = mmap.mmap(file.fileno(), 0)
-        if memory[: len(token)] == token:
-            return memory
+def _map(process: int, storage: _Storage) -> torch.Tensor | None:
+    """The bytes of another process's memory; None if there is no such process here, or what it has open is not that."""
+    with suppress(OSError), open(f"/proc/{process}/fd/{storage.descriptor}", "r+b") as file:
+        status = os.fstat(file.fileno())
+        if (status.st_dev, status.st_ino) == (storage.device, storage.inode):
+            return torch.frombuffer(mmap.mmap(file.fileno(), storage.nbytes), dtype=torch.uint8)
     return None
