@@ -12,7 +12,7 @@ class ModelConfig:
     """Hugging Face directory of the policy: config.json, safetensors and tokenizer."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Number format of weights and activations; the optimizer's own copy is always fp32."""
-    logprob_chunk_size: int = 1024
+    logprob_chunk_size: int = 256
     """Tokens whose logits exist at the same time; smaller needs less memory."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """What the backward pass computes again instead of keeping: whole layers, or only `recompute_modules`."""

@@ -6,6 +6,7 @@ Plans are pure functions of the lengths, so every rank makes the same plan witho
 from __future__ import annotations
 
 import heapq
+from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 
 import torch
@@ -23,15 +24,16 @@ def balance(lengths: Sequence[int], parts: int) -> list[list[int]]:
     """
     heap = [(0, part) for part in range(parts)]
     groups: list[list[int]] = [[] for _ in range(parts)]
-    for i in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        total, part = heapq.heappop(heap)
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        total, part = heap[0]
         groups[part].append(i)
-        heapq.heappush(heap, (total + lengths[i], part))
+        heapq.heapreplace(heap, (total + lengths[i], part))
     return [sorted(group) for group in groups]
 
 
 def microbatches_of(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Group items so that each group's total is at most ``budget``, in as few groups as `balance` manages.
+    """Group items so that each group's total is at most ``budget``: in as few groups as best-fit decreasing manages
+    (11/9 of the fewest possible at most; within 1 % of them on thousands of items), of equal totals where those fit.
 
     Equal groups beat full ones: a short last microbatch would leave a pipeline idle as long as a full one.
     Raises ValueError for an item longer than the budget.
@@ -40,12 +42,27 @@ def microbatches_of(lengths: Sequence[int], budget: int) -> list[list[int]]:
         return []
     if max(lengths) > budget:
         raise ValueError(f"a sequence of {max(lengths)} tokens does not fit a microbatch of {budget} tokens")
-    parts = -(-sum(lengths) // budget)
-    while True:
-        groups = balance(lengths, parts)
-        if all(sum(lengths[i] for i in group) <= budget for group in groups):
-            return [group for group in groups if group]
-        parts += 1
+    full = _best_fit(lengths, budget)
+    equal = balance(lengths, len(full))
+    fits = all(sum(lengths[i] for i in group) <= budget for group in equal)
+    return [group for group in (equal if fits else full) if group]
+
+
+def _best_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Longest first, each to the fullest group that has room for it."""
+    groups: list[list[int]] = []
+    n = len(lengths)
+    room: list[int] = []  # what a group has left x n + the group, ascending
+    for i in sorted(range(n), key=lengths.__getitem__, reverse=True):
+        at = bisect_left(room, lengths[i] * n)
+        if at < len(room):
+            left, group = divmod(room.pop(at), n)
+        else:
+            left, group = budget, len(groups)
+            groups.append([])
+        groups[group].append(i)
+        insort(room, (left - lengths[i]) * n + group)
+    return [sorted(group) for group in groups]
 
 
 def positions_of(sample: Sample) -> int:

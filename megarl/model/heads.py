@@ -58,18 +58,19 @@ class _TokenLogProbs(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for rows in _chunks(hidden.shape[0], ctx.chunk):
-            log_p = _logits(hidden[rows], weight, shard, ctx.temperature) - log_z[rows, None]
-            p = log_p.exp()
-            grad = torch.zeros_like(p)
-            if grad_logps is not None:  # d logp[target] / d logits = onehot - p
-                grad -= grad_logps[rows, None] * p
+            log_p = _logits(hidden[rows], weight, shard, ctx.temperature).sub_(log_z[rows, None])
+            grad = _logits_gradient(
+                log_p,
+                entropy[rows],
+                None if grad_logps is None else grad_logps[rows],
+                None if grad_entropy is None else grad_entropy[rows],
+            )
+            if grad_logps is not None:
                 here, index = _local_targets(targets[rows], shard)
                 grad[here, index] += grad_logps[rows][here]
-            if grad_entropy is not None:  # d H / d logits = -p (log p + H)
-                grad -= grad_entropy[rows, None] * p * (log_p + entropy[rows, None])
-            grad = (grad / ctx.temperature).to(hidden.dtype)
+            grad = grad.div_(ctx.temperature).to(hidden.dtype)
             grad_hidden[rows] = grad @ weight[:size]
-            grad_weight[:size] += grad.t() @ hidden[rows]
+            _add_product(grad_weight[:size], grad.t(), hidden[rows])
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 
@@ -96,8 +97,31 @@ def _chunks(n: int, chunk: int) -> list[slice]:
 
 
 def _logits(hidden: Tensor, weight: Tensor, shard: VocabShard, temperature: float) -> Tensor:
-    """[N, size] in fp32."""
-    return (hidden @ weight[: shard.size].t()).float() / temperature
+    """[N, size] in fp32, to be written over."""
+    return (hidden @ weight[: shard.size].t()).float().div_(temperature)
+
+
+def _logits_gradient(log_p: Tensor, entropy: Tensor, grad_logps: Tensor | None, grad_entropy: Tensor | None) -> Tensor:
+    """What the loss changes by with each logit, [N, size], but for the targets' own share; written over ``log_p``.
+
+    d logp[target] / d logits = onehot - p, and d H / d logits = -p (log p + H).
+    """
+    if grad_entropy is None:
+        assert grad_logps is not None  # else there is no backward
+        return log_p.exp_().mul_(-grad_logps[:, None])
+    p = log_p.exp()
+    out = log_p.add_(entropy[:, None]).mul_(-grad_entropy[:, None])
+    if grad_logps is not None:
+        out.sub_(grad_logps[:, None])
+    return out.mul_(p)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in fp32."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    else:
+        total += a @ b
 
 
 def _local_targets(targets: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
@@ -114,12 +138,12 @@ def _statistics(logits: Tensor, targets: Tensor, shard: VocabShard) -> tuple[Ten
         highest = logits.new_full((logits.shape[0],), -torch.inf)
     if shard.group is not None:
         dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=shard.group)
-    shifted = logits - highest[:, None]
+    shifted = logits.sub_(highest[:, None])
     exp = shifted.exp()
     here, index = _local_targets(targets, shard)
     target = torch.zeros_like(highest)
     target[here] = shifted[here, index]
-    sums = torch.stack([exp.sum(-1), target, (exp * shifted).sum(-1)])
+    sums = torch.stack([exp.sum(-1), target, shifted.mul_(exp).sum(-1)])
     if shard.group is not None:
         dist.all_reduce(sums, group=shard.group)
     log_sum = sums[0].log()
