@@ -48,8 +48,22 @@ def uses_transformer_engine(cfg: Config, device: torch.device) -> bool:
     return device.type == "cuda" and cfg.model.dtype == "bf16" and HAVE_TE
 
 
-class PolicyModel(GPTModel):
-    """GPTModel whose last stage returns ``[2, T]``: log-probability of each label and entropy of its distribution.
+class PackedModel(GPTModel):
+    """GPTModel of packed sequences."""
+
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+        """With the unfused rotary embedding, give every packed token its own angle (see `attention.packed_layout`)."""
+        out = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        if self.config.apply_rope_fusion:
+            return out
+        decoder_input, rotary, *rest = out
+        if rotary is None:  # latent attention has a rotary embedding of its own in every layer
+            return out
+        return (decoder_input, rotary[position_ids[0]], *rest)
+
+
+class PolicyModel(PackedModel):
+    """Its last stage returns ``[2, T]``: log-probability of each label and entropy of its distribution.
 
     Only tokens that ``loss_mask`` selects reach the head; the others' entries are 0. Without labels it returns logits,
     as GPTModel does.
@@ -69,16 +83,6 @@ class PolicyModel(GPTModel):
         self.true_vocab_size = true_vocab_size
         self.temperature = temperature
         self.logprob_chunk_size = logprob_chunk_size
-
-    def _preprocess(self, input_ids: Tensor, position_ids: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-        """With the unfused rotary embedding, give every packed token its own angle (see `attention.packed_layout`)."""
-        out = super()._preprocess(input_ids, position_ids, *args, **kwargs)
-        if self.config.apply_rope_fusion:
-            return out
-        decoder_input, rotary, *rest = out
-        if rotary is None:  # latent attention has a rotary embedding of its own in every layer
-            return out
-        return (decoder_input, rotary[position_ids[0]], *rest)
 
     def _postprocess(
         self, hidden_states: Tensor, *, labels: Tensor | None = None, loss_mask: Tensor | None = None, **kwargs: Any
@@ -103,6 +107,33 @@ class PolicyModel(GPTModel):
             entropy = entropy.detach()
         zeros = hidden.new_zeros(hidden.shape[0], dtype=torch.float32)
         return torch.stack([zeros.index_copy(0, chosen, values) for values in (logps, entropy)])
+
+
+class ValueModel(PackedModel):
+    """Its last stage returns ``[2, T]``: a number for each token, of the model's state *before* the label, where
+    ``loss_mask`` selects it, else 0; and zeros, where `PolicyModel` has entropies. In fp32."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if self.post_process:
+            del self.output_layer  # the vocabulary's
+            device, dtype = self.decoder.final_layernorm.weight.device, self.config.params_dtype
+            self.value_head = torch.nn.Linear(self.config.hidden_size, 1, bias=False, device=device, dtype=dtype)
+
+    def _postprocess(
+        self, hidden_states: Tensor, *, labels: Tensor | None = None, loss_mask: Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        if not self.post_process:
+            return hidden_states
+        assert loss_mask is not None, "the engine gives labels and a loss_mask"
+        hidden = hidden_states
+        if self.config.sequence_parallel:
+            # Every rank computes all values, so that each has its own tokens' gradient whole: nothing is to be summed.
+            hidden = gather_from_sequence_parallel_region(hidden, False, self.pg_collection.tp)
+        chosen = loss_mask.view(-1).nonzero()[:, 0]
+        values = F.linear(hidden[chosen, 0].float(), self.value_head.weight.float())[:, 0]
+        zeros = hidden.new_zeros(hidden.shape[0], dtype=torch.float32)
+        return torch.stack([zeros.index_copy(0, chosen, values), zeros])
 
 
 def transformer_config(cfg: Config, spec: ModelSpec, mesh: Mesh) -> TransformerConfig:
@@ -267,7 +298,7 @@ def _local_layer(spec: ModelSpec, moe: bool) -> ModuleSpec:
     return layer
 
 
-def build_model(cfg: Config, spec: ModelSpec, mesh: Mesh, temperature: float) -> PolicyModel:
+def build_model(cfg: Config, spec: ModelSpec, mesh: Mesh, temperature: float) -> PackedModel:
     """This rank's part of the model, on its device, with uninitialised weights: `load_hf` fills every one of them.
 
     Raises UnsupportedModel for what converts but is not computed: multi-token prediction (`ModelSpec.without_mtp` drops
@@ -277,21 +308,27 @@ def build_model(cfg: Config, spec: ModelSpec, mesh: Mesh, temperature: float) ->
     if refused:
         raise UnsupportedModel(f"a {spec.family.name} model with {'; '.join(refused)} converts, but cannot be trained")
     config = transformer_config(cfg, spec, mesh)
-    model = PolicyModel(
-        config=config,
-        transformer_layer_spec=layer_spec(cfg, config, spec, mesh),
-        vocab_size=padded_vocab(spec.vocab_size, mesh.tp_size),
-        true_vocab_size=spec.vocab_size,
-        max_sequence_length=spec.max_position_embeddings,
-        pre_process=mesh.is_first_stage,
-        post_process=mesh.is_last_stage,
-        share_embeddings_and_output_weights=spec.tied,
-        position_embedding_type="rope",
-        pg_collection=mesh.groups,
-        temperature=temperature,
-        logprob_chunk_size=cfg.model.logprob_chunk_size,
-        entropy_gradient=cfg.loss.entropy_coef != 0,
-    )
+    parts = {
+        "config": config,
+        "transformer_layer_spec": layer_spec(cfg, config, spec, mesh),
+        "vocab_size": padded_vocab(spec.vocab_size, mesh.tp_size),
+        "max_sequence_length": spec.max_position_embeddings,
+        "pre_process": mesh.is_first_stage,
+        "post_process": mesh.is_last_stage,
+        "share_embeddings_and_output_weights": spec.tied,
+        "position_embedding_type": "rope",
+        "pg_collection": mesh.groups,
+    }
+    if spec.scalar_head:
+        model: PackedModel = ValueModel(**parts)
+    else:
+        model = PolicyModel(
+            **parts,
+            true_vocab_size=spec.vocab_size,
+            temperature=temperature,
+            logprob_chunk_size=cfg.model.logprob_chunk_size,
+            entropy_gradient=cfg.loss.entropy_coef != 0,
+        )
     # One formula for every rope type, not megatron's: theirs hard-codes Llama 3's constants.
     if spec.mla:
         for layer in model.decoder.layers:
@@ -308,7 +345,7 @@ def build_model(cfg: Config, spec: ModelSpec, mesh: Mesh, temperature: float) ->
     return model.to(mesh.device)
 
 
-def mark_shards(model: PolicyModel, spec: ModelSpec, mesh: Mesh) -> None:
+def mark_shards(model: PackedModel, spec: ModelSpec, mesh: Mesh) -> None:
     """Tell megatron which parameters tensor parallelism cuts, as its own initialisation, which we leave out, would
     have, and which are experts'.
 

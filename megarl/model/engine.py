@@ -43,7 +43,8 @@ class NonFiniteError(RuntimeError):
 
 
 class Engine:
-    """A policy in training."""
+    """A policy in training; or, of a spec with a scalar head, a critic or reward model, whose verb is `values` in place
+    of `logps`: a loss then gets values [T], of the state before each response token."""
 
     def __init__(self, cfg: Config, mesh: Mesh, spec: ModelSpec, *, temperature: float, total_updates: int) -> None:
         """Build the model from ``cfg.model.path`` with its optimizer.
@@ -75,6 +76,15 @@ class Engine:
     def logps(self, samples: list[Sample]) -> list[Tensor]:
         """Log-probabilities of every sample's response tokens: one fp32 [response] tensor a sample, on every rank of
         the replica."""
+        assert not self.spec.scalar_head, "a scalar head has values, no log-probabilities"
+        return self._per_token(samples)
+
+    def values(self, samples: list[Sample]) -> list[Tensor]:
+        """The scalar head's number before each of every sample's response tokens, as `logps` gives them."""
+        assert self.spec.scalar_head, "a policy has log-probabilities, no values"
+        return self._per_token(samples)
+
+    def _per_token(self, samples: list[Sample]) -> list[Tensor]:
         batches, order = self._microbatches(samples, self.cfg.train.logprob_mb_tokens)
         self.model.eval()
         with self.mesh.platform(), torch.no_grad():

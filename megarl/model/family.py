@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megarl.weights.rules import CanonTensor, Rule, compile_rules
+from megarl.weights.rules import CanonTensor, Rule, Run, Shard, compile_rules
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,7 @@ class ModelSpec:
     attention_sinks: bool = False  # a learnt logit in every head's softmax that attends to nothing
     linear_bias: bool = False  # a bias on every linear layer: attention output, router and experts
     activation: str = "silu"  # silu | gpt_oss (clamped quick-gelu with a shifted linear part)
+    scalar_head: bool = False  # one number a token in place of the vocabulary: a critic, a reward model
     not_computed: tuple[str, ...] = ()  # what of the config no megatron model here computes: converts, cannot train
 
     def untrainable(self) -> tuple[str, ...]:
@@ -102,14 +103,30 @@ class ModelSpec:
 
     def tensors(self) -> list[CanonTensor]:
         """Every weight, static, in streaming order."""
-        return compile_rules(self.family.weights, self)
+        tensors = compile_rules(self.family.weights, self)
+        if self.scalar_head:
+            run = Run(SCORE, 0, 1)
+            tensors.append(CanonTensor(VALUE_HEAD, (1, self.hidden_size), (run,), Shard.REPLICATED))
+        return tensors
 
     def without_mtp(self) -> ModelSpec:
         """The same model without its multi-token-prediction layers."""
         return dataclasses.replace(self, mtp_num_layers=0)
 
+    def with_scalar_head(self) -> ModelSpec:
+        """The same model with one number a token in place of the vocabulary's logits."""
+        return dataclasses.replace(self, scalar_head=True, tied=False)
+
+    def may_start_at_zero(self, hf_name: str) -> bool:
+        """Whether a checkpoint need not have a tensor: a language model's has no value head, which then begins with 0
+        everywhere."""
+        return self.scalar_head and hf_name == SCORE
+
     def passes_over(self, hf_name: str) -> bool:
-        """Whether a tensor of the HF checkpoint is no part of the model: a computed table, or a dropped MTP layer's."""
+        """Whether a tensor of the HF checkpoint is no part of the model: a computed table, a dropped MTP layer's, the
+        vocabulary's head where a scalar one takes its place."""
+        if self.scalar_head and hf_name == "lm_head.weight":
+            return True
         if hf_name.endswith(self.family.ignored_hf or ("\0",)):
             return True
         dropped = range(self.num_layers + self.mtp_num_layers, self.num_layers + self.mtp_in_checkpoint)
@@ -128,7 +145,7 @@ class ModelSpec:
         """What the ``when`` of a rule asks for."""
         match name:
             case "head":
-                return not self.tied
+                return not self.tied and not self.scalar_head
             case "q_lora":
                 return self.mla is not None and self.mla.q_lora_rank is not None
             case "no_q_lora":
@@ -163,6 +180,8 @@ class ModelSpec:
 
 
 OUTPUT_LAYER = "output_layer.weight"
+VALUE_HEAD = "value_head.weight"
+SCORE = "score.weight"  # what transformers' models "ForSequenceClassification" call it
 EMBEDDING = "embedding.word_embeddings.weight"
 
 
@@ -176,6 +195,9 @@ class Family:
     weights: tuple[Rule, ...]
     ignored_hf: tuple[str, ...] = ()  # endings of HF names that hold no weight
     duplicates: tuple[tuple[str, str], ...] = ()  # (HF name with {i} in an MTP layer, HF name that it repeats)
+
+
+CLASSIFIER = "ForSequenceClassification"  # what the architecture of a reward model's config.json ends with
 
 
 class UnsupportedModel(ValueError):
@@ -202,10 +224,15 @@ def read_spec(model_path: str | Path) -> ModelSpec:
     path = Path(model_path) / "config.json"
     hf = json.loads(path.read_text())
     wanted = hf.get("architectures") or ["(none)"]
+    scores = wanted[0].endswith(CLASSIFIER)
+    architecture = wanted[0].removesuffix(CLASSIFIER) + "ForCausalLM" if scores else wanted[0]
+    if scores and len(hf.get("id2label") or [0]) != 1:
+        raise UnsupportedModel(f"{path}: {wanted[0]} with {len(hf['id2label'])} labels; a scalar head has one")
     for family in families():
-        if wanted[0] in family.hf_architectures:
+        if architecture in family.hf_architectures:
             try:
-                return ModelSpec(family=family, **family.config(hf))
+                spec = ModelSpec(family=family, **family.config(hf))
+                return spec.with_scalar_head() if scores else spec
             except KeyError as missing:
                 raise UnsupportedModel(f"{path}: {missing} is missing") from missing
             except UnsupportedModel as reason:

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from megarl.model.family import ModelSpec
+from megarl.model.family import SCORE, ModelSpec
 from megarl.parallel.mesh import Mesh
 from megarl.weights.hf_files import CheckpointError, HFCheckpoint
 from megarl.weights.names import canonical_parameters
@@ -54,7 +54,8 @@ class HFSource:
         present = {name for name in self.checkpoint.names() if not spec.passes_over(name)}
         if spec.tied and "lm_head.weight" in present:  # some exporters write the tied copy too
             copies |= {"lm_head.weight": "model.embed_tokens.weight"}
-        out = [f"missing: {name}" for name in sorted(wanted.keys() - present)]
+        missing = sorted(name for name in wanted.keys() - present if not spec.may_start_at_zero(name))
+        out = [f"missing: {name}" for name in missing]
         out += [f"not part of {spec.family.name}: {name}" for name in sorted(present - wanted.keys() - copies.keys())]
         for name in sorted(wanted.keys() & present):
             shape = self.checkpoint.shape(name)
@@ -75,7 +76,10 @@ class HFSource:
         self, tensor: CanonTensor, start: int, stop: int, columns: slice | None
     ) -> Iterator[tuple[int, torch.Tensor]]:
         for part in row_segments(tensor, start, stop, columns, start):
-            yield part.local_rows.start, self.checkpoint.read(part)
+            if part.hf == SCORE and SCORE not in self.checkpoint.names():  # the only one that need not be there
+                yield part.local_rows.start, torch.zeros(1, 1)
+            else:
+                yield part.local_rows.start, self.checkpoint.read(part)
 
 
 def load_hf(model: torch.nn.Module, spec: ModelSpec, mesh: Mesh, path: str | Path) -> int:

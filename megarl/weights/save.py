@@ -6,11 +6,12 @@ from __future__ import annotations
 from collections import Counter
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megarl.model.family import ModelSpec
+from megarl.model.family import CLASSIFIER, ModelSpec
 from megarl.parallel.mesh import Mesh
 from megarl.weights.hf_writer import HFDirectory, HFTensor, OpenFile, PlannedFile, plan_files
 from megarl.weights.plan import EVERYTHING, Box, Item, Needs, with_copies
@@ -58,9 +59,17 @@ def save_hf(
     dist.barrier(group=mesh.host_group)
     if mesh.rank == 0:
         dropped = spec.mtp_in_checkpoint > spec.mtp_num_layers
-        changes = {"num_nextn_predict_layers": spec.mtp_num_layers} if dropped else None
+        changes: dict[str, Any] = {"num_nextn_predict_layers": spec.mtp_num_layers} if dropped else {}
+        if spec.scalar_head:
+            changes |= as_classifier(spec.family.hf_architectures[0])
         directory.finish(carry_from, config_changes=changes)
     dist.barrier(group=mesh.host_group)
+
+
+def as_classifier(architecture: str) -> dict[str, Any]:
+    """What makes a language model's config.json one of transformers' models with a single label."""
+    names = {"architectures": [architecture.removesuffix("ForCausalLM") + CLASSIFIER], "tie_word_embeddings": False}
+    return names | {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
 
 
 def _side_by_side(items: list[Item], files: list[PlannedFile], world_size: int) -> list[Item]:
