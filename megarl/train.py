@@ -1,7 +1,8 @@
 """What every rank runs: ``torchrun ... -m megarl.train recipe.yaml [key=value ...]``.
 
 Loads the config (exit code 2 with every problem listed, before any process group), joins the mesh, runs the algorithm,
-and leaves with all ranks. A rank that fails says who and where it is, and which ranks it was perhaps waiting for.
+and leaves with all ranks: exit code 0 when the run is done, 75 when it was told to stop, saved, and has more to do. A
+rank that fails says who and where it is, and which ranks it was perhaps waiting for.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from pathlib import Path
 
 from megarl.config import Config, ConfigError, load
 
 EXIT_CONFIG = 2
+EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: saved and stopped before the end; start it again to go on
 
 
 def main(argv: list[str]) -> int:
@@ -29,9 +32,12 @@ def run(cfg: Config) -> int:
     """Train on this rank; the exit code."""
     # Imported here: these cost seconds, which a wrong config should not.
     from megarl.algorithms import ALGORITHMS
+    from megarl.checkpoint.folder import Broken
+    from megarl.checkpoint.resume import find
     from megarl.data.reading import DataError
     from megarl.losses.mismatch import MismatchError
     from megarl.model.engine import NonFiniteError
+    from megarl.observe.lock import FolderInUse
     from megarl.observe.run import Run
     from megarl.parallel.mesh import build_mesh, device_name
     from megarl.parallel.watchdog import Watchdog, die_with_parent
@@ -42,11 +48,14 @@ def run(cfg: Config) -> int:
 
     # What their sentences say is all there is to say: a traceback would only bury it.
     told = (DataError, CheckpointError, RewardError, MismatchError, NonFiniteError, EmptyStepError, RolloutError)
+    told += (FolderInUse, Broken)
     die_with_parent()
     mesh = build_mesh(cfg)
-    watchdog = Watchdog(cfg.run.deadline_s)
+    watchdog = Watchdog(cfg.run.deadline_s, Path(cfg.run.root) / cfg.run.name / "hangs")
     try:
-        run = Run(cfg, mesh.rank, mesh.world_size, mesh.describe(), device_name(mesh.device), watchdog)
+        resumed = find(cfg, mesh)
+        name = device_name(mesh.device)
+        run = Run(cfg, mesh.rank, mesh.world_size, mesh.describe(), name, watchdog, resumed)
         ALGORITHMS[cfg.algorithm](cfg, run, mesh)
         run.finish()
         mesh.close()
@@ -57,7 +66,11 @@ def run(cfg: Config) -> int:
         # Interpreter exit would wait for collectives of the others; the launcher ends them when it sees this one gone.
         os._exit(1)
     watchdog.close()
-    return 0
+    if run.stopped is None:
+        return 0
+    if mesh.rank == 0:
+        print(f"{run.stopped}. Exit code {EXIT_REQUEUE}: the same command goes on from there", file=sys.stderr)
+    return EXIT_REQUEUE
 
 
 if __name__ == "__main__":

@@ -10,6 +10,15 @@ import pytest
 
 from tests.distributed.ranks import RankPool
 
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+
+
 TINY = {
     "hidden_size": 64,
     "intermediate_size": 96,

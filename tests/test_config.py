@@ -147,7 +147,9 @@ def test_all_problems_come_at_once_and_say_where(recipe: Callable[..., Path]) ->
         f"{path}:12: unknown key reward.functions[1].nam; did you mean reward.functions[1].name?",
         f"{path}:12: reward.functions[1].name is missing",
         f"{path}:13: loss.kl_type = 'k4': expected one of k1, k2, k3",
-        "command line: advantage = 5: expected a section with normalize_by_std, use_leave_one_out_baseline, eps",
+        "command line: advantage = 5: expected a section with adv_estimator, normalize_by_std, "
+        "use_leave_one_out_baseline, eps, "
+        "baseline, gamma, gae_lambda, normalize_advantages, kl_coef, kl_target, kl_horizon",
         "command line: train.ppo_epochs = True: expected an integer",
         "loss.entropy_coef = -1.0 is outside [0, inf)",
         "reward.functions: unknown reward 'maths'; did you mean math?",
@@ -267,6 +269,7 @@ BATCH, GROUP = "train.train_global_batch_size", "rollout.num_generations_per_pro
         ({"train.train_mb_tokens": 1000}, "train.train_mb_tokens = 1000 is less than the longest sequence"),
         ({"train.logprob_mb_tokens": 1000}, "train.logprob_mb_tokens = 1000 is less than the longest sequence"),
         ({"rollout.max_num_batched_tokens": 100}, "rollout.max_num_seqs = 256"),
+        ({"rollout.quantization": "fp8_per_tensor", "rollout.dtype": "fp32"}, "needs rollout.dtype = bf16"),
         ({"optimizer.min_lr": 1e-3}, "is above optimizer.lr"),
         ({"optimizer.lr_warmup_iters": 10, "optimizer.lr_decay_iters": 10}, "leaves nothing"),
         ({"validation.val_period": 5}, "no data.val_path"),

@@ -2,94 +2,70 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from megarl.config import RolloutConfig
+from megarl.rollout.vllm_engine import Sampling, VLLMEngine
 from tests.distributed import remote_cases, tiny_models
-
-STARTS_WITHIN_S = 240
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    """A server of a tiny model, by its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    model = tiny_models.qwen2(tmp_path / "served", seed=0)
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--skip-tokenizer-init", "--dtype", "float32", "--enforce-eager"]
-    command += ["--max-model-len", "64", "--max-num-seqs", "8", "--logprobs-mode", "processed_logprobs"]
-    command += ["--enable-scale-out", "--disable-uvicorn-access-log"]
-    command += ["--worker-extension-cls", "megarl.rollout.receiver.Receiver"]
-    command += ["--weight-transfer-config", '{"backend": "megarl"}']
-    settings = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0"}
-    settings |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "VLLM_NO_USAGE_STATS": "1"}
-    log = tmp_path / "server.log"
-    with log.open("w") as file:
-        process = subprocess.Popen(command, env=os.environ | settings, stdout=file, stderr=subprocess.STDOUT)
-    url = f"http://127.0.0.1:{port}"
-    try:
-        _wait_until_it_answers(url, process, log)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(60)
+from tests.distributed.push_ranks import PROMPTS, random_model
+from tests.distributed.servers import generate, serving
 
 
-def _wait_until_it_answers(url: str, process: subprocess.Popen, log: Path) -> None:
-    deadline = time.monotonic() + STARTS_WITHIN_S
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()[-5000:]
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5):
-                return
-        except OSError:
-            time.sleep(1)
-    raise AssertionError(f"no answer within {STARTS_WITHIN_S} s: {log.read_text()[-5000:]}")
-
-
-def generate(url: str, prompt: list[int]) -> tuple[list[int], list[float]]:
-    body = {"token_ids": prompt, "sampling_params": {"max_tokens": 12, "temperature": 1.0, "logprobs": 0}}
-    body["sampling_params"]["detokenize"] = False
-    request = urllib.request.Request(
-        f"{url}/inference/v1/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        (choice,) = json.loads(answer.read())["choices"]
-    return choice["token_ids"], [entry["logprob"] for entry in choice["logprobs"]["content"]]
-
-
-@pytest.mark.timeout(600)
-def test_a_server_gets_the_trainers_weights(server: str, ranks, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
-
-    new = tiny_models.qwen2(tmp_path / "new", seed=1)
-    data, recipe = tmp_path / "data.jsonl", tmp_path / "recipe.yaml"
+def recipe(folder: Path) -> Path:
+    data, path = folder / "data.jsonl", folder / "recipe.yaml"
     data.touch()
-    recipe.write_text(
+    path.write_text(
         "algorithm: sft\ncluster: {device: cpu}\nmodel: {dtype: fp32}\n"
         f"data: {{path: {data}, max_prompt_length: 32}}\nrollout: {{max_response_length: 32}}\n"
         "train: {train_global_batch_size: 4}\n"
     )
+    return path
+
+
+@pytest.mark.timeout(600)
+def test_a_server_gets_the_trainers_weights(ranks, tmp_path: Path) -> None:
+    new = tiny_models.qwen2(tmp_path / "new", seed=1)
     model = AutoModelForCausalLM.from_pretrained(new, dtype=torch.float32)
     prompt = [5, 6, 7, 9]
 
     def error() -> float:
-        tokens, logps = generate(server, prompt)
+        tokens, logps = generate(url, prompt, temperature=1.0)
         return (tiny_models.reference_logps(model, prompt, tokens) - torch.tensor(logps)).abs().max().item()
 
-    assert error() > 0.1  # it still has other weights
-    overrides = ["cluster.gpus_per_node=2", "parallel.pipeline_model_parallel_size=2"]
-    ranks.run(remote_cases.pushed, 2, recipe=str(recipe), model=str(new), overrides=overrides, urls=[server])
-    assert error() < 1e-5
+    with serving(tiny_models.qwen2(tmp_path / "served", seed=0), tmp_path / "server.log") as url:
+        assert error() > 0.1  # it still has other weights
+        overrides = ["cluster.gpus_per_node=2", "parallel.pipeline_model_parallel_size=2"]
+        ranks.run(remote_cases.pushed, 2, recipe=str(recipe(tmp_path)), model=str(new), overrides=overrides, urls=[url])
+        assert error() < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_server_samples_as_an_engine_here_does(ranks, tmp_path: Path) -> None:
+    """Latent attention and experts: all that a push has to put right again after vLLM's own processing."""
+    old, new = (random_model("deepseek_v3", tmp_path / str(seed), seed) for seed in range(2))
+    with serving(old, tmp_path / "server.log") as url:
+        ranks.run(
+            remote_cases.pushed,
+            2,
+            recipe=str(recipe(tmp_path)),
+            model=str(new),
+            overrides=["cluster.gpus_per_node=2", "parallel.expert_model_parallel_size=2"],
+            urls=[url],
+        )
+        remote = [generate(url, prompt, temperature=0) for prompt in PROMPTS]
+    rollout = RolloutConfig(kv_cache_gb=0.05, max_num_seqs=8)
+    engine = VLLMEngine(str(old), rollout, dtype="fp32", device_type="cpu", max_model_len=64, seed=0)
+    engine.load_weights(load_file(new / "model.safetensors").items())
+    groups = engine.generate(PROMPTS, Sampling(max_tokens=12, temperature=0), seed=0)
+    engine.close()
+    model = AutoModelForCausalLM.from_pretrained(new, dtype=torch.float32)
+    for prompt, (tokens, logps), (here,) in zip(PROMPTS, remote, groups, strict=True):
+        assert tokens == here.tokens
+        assert logps == pytest.approx(here.logps, abs=1e-5)
+        assert logps == pytest.approx(tiny_models.reference_logps(model, prompt, tokens).tolist(), abs=1e-5)

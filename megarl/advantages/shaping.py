@@ -69,9 +69,10 @@ def choose_pairs(rewards: Tensor, groups: Tensor, *, ties: str = "first") -> lis
 
 class AdaptiveKL:
     """The coefficient of the KL penalty in rewards, held near a target KL (1909.08593, section 2.2):
-    e = clip(KL / target - 1, -0.2, 0.2); coef *= 1 + e x samples / horizon. Part of a checkpoint."""
+    e = clip(KL / target - 1, -0.2, 0.2); coef *= 1 + e x samples / horizon. Without a target it stays. Part of a
+    checkpoint."""
 
-    def __init__(self, kl_coef: float, target_kl: float, horizon: int) -> None:
+    def __init__(self, kl_coef: float, target_kl: float | None, horizon: int) -> None:
         self.kl_coef = kl_coef
         self.target_kl = target_kl
         self.horizon = horizon
@@ -79,6 +80,8 @@ class AdaptiveKL:
     def update(self, kl: float, samples: int) -> None:
         """After a step of ``samples`` responses, of the whole job, whose KL to the reference was ``kl`` on average:
         sums over responses with a target for responses, means over tokens with one for tokens."""
+        if self.target_kl is None:
+            return
         error = min(max(kl / self.target_kl - 1, -0.2), 0.2)
         self.kl_coef *= 1 + error * samples / self.horizon
 

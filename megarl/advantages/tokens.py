@@ -21,7 +21,7 @@ Reduce = Callable[[Tensor], Tensor]
 
 def pad(parts: Sequence[Tensor]) -> Tensor:
     """One [response] tensor a sample -> [N, L], zeros behind (False of a mask)."""
-    return pad_sequence(list(parts), batch_first=True)
+    return pad_sequence(list(parts), batch_first=True) if parts else torch.zeros(0, 0)
 
 
 def unpad(x: Tensor, lengths: Sequence[int]) -> list[Tensor]:

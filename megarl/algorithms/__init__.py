@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from megarl.algorithms import grpo, preference, sft, unpaired
+from megarl.algorithms import grpo, ppo, preference, remax, sft, unpaired
 from megarl.config import Config
 from megarl.observe.run import Run
 from megarl.parallel.mesh import Mesh
@@ -12,4 +12,6 @@ ALGORITHMS: dict[str, Callable[[Config, Run, Mesh], None]] = {
     "preference": preference.train,
     "unpaired": unpaired.train,
     "grpo": grpo.train,
+    "ppo": ppo.train,
+    "remax": remax.train,
 }

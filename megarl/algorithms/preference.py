@@ -10,8 +10,9 @@ from functools import partial
 
 from transformers import AutoTokenizer
 
-from megarl.algorithms.grpo import attach
-from megarl.algorithms.sft import deal, save_if_due, steps_of
+from megarl.algorithms.onpolicy import attach
+from megarl.algorithms.sft import deal, steps_of
+from megarl.checkpoint.checkpoints import Checkpoints
 from megarl.config import Config
 from megarl.data.preferences import Pair, load_pairs
 from megarl.data.prompts import PromptStream
@@ -34,18 +35,20 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
         steps = steps_of(cfg, len(pairs))
         policy = Engine(cfg, mesh, spec, temperature=1.0, total_updates=steps)
         reference = None if cfg.preference.loss in REFERENCE_FREE else HostWeights(policy.model)
+        checkpoints = Checkpoints(cfg, run, mesh, policy=policy, stream=stream)
+        checkpoints.resume()
     loss = partial(preference_tokens, cfg=cfg.preference)
-    for step in range(1, steps + 1):
+    for step in checkpoints.steps(steps):
         with run.phase("step"):
             drawn = stream.next(cfg.train.train_global_batch_size)
             lengths = [len(pair.chosen) + len(pair.rejected) for pair in drawn]
             batch = [sample for pair in deal(drawn, lengths, mesh) for sample in samples_of(pair)]
             if reference:
                 with run.phase("ref_logps"), policy.holding(reference):
-                    attach("ref_logps", policy, [batch])
+                    attach("ref_logps", policy, batch)
             with run.phase("train"):
                 metrics = policy.step(batch, loss, loss_agg_mode="seq-mean-token-mean", together=2)
-            save_if_due(cfg, run, policy, step, last=step == steps)
+            checkpoints.save_if_due(step)
         run.report(step, steps, named(metrics), [len(tokens) for p in drawn for tokens in (p.chosen, p.rejected)])
 
 

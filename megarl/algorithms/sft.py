@@ -7,6 +7,7 @@ from typing import TypeVar
 
 from transformers import AutoTokenizer
 
+from megarl.checkpoint.checkpoints import Checkpoints
 from megarl.config import Config
 from megarl.data.packing import balance
 from megarl.data.prompts import PromptStream
@@ -31,7 +32,9 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
         stream = PromptStream(examples, cfg.run.seed, cfg.data.shuffle)
         steps = steps_of(cfg, len(examples))
         policy = Engine(cfg, mesh, spec, temperature=1.0, total_updates=steps)
-    for step in range(1, steps + 1):
+        checkpoints = Checkpoints(cfg, run, mesh, policy=policy, stream=stream)
+        checkpoints.resume()
+    for step in checkpoints.steps(steps):
         with run.phase("step"):
             drawn = stream.next(cfg.train.train_global_batch_size)
             batch = [Sample(e.id, 0, e.tokens, e.prompt_length, loss_mask=e.loss_mask) for e in drawn]
@@ -39,7 +42,7 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
             mine = deal(batch, lengths, mesh)
             with run.phase("train"):
                 metrics = policy.step(mine, sft, loss_agg_mode=cfg.loss.loss_agg_mode)
-            save_if_due(cfg, run, policy, step, last=step == steps)
+            checkpoints.save_if_due(step)
         run.report(step, steps, {f"actor/{name}": value for name, value in metrics.items()}, lengths)
 
 
@@ -57,12 +60,3 @@ def deal(items: Sequence[Item], lengths: Sequence[int], mesh: Mesh) -> list[Item
 def due(step: int, period: int) -> bool:
     """Whether something that happens every ``period`` steps (0: never) happens after this one."""
     return period > 0 and step % period == 0
-
-
-def save_if_due(cfg: Config, run: Run, policy: Engine, step: int, *, last: bool) -> None:
-    """Write the policy as a Hugging Face directory under the run's folder, at the times ``checkpoint`` says."""
-    if not (due(step, cfg.checkpoint.save_period) or (last and cfg.checkpoint.save_at_end)):
-        return
-    with run.phase("save"):
-        folder = run.dir / "hf" / ("final" if last else f"step_{step:06d}")
-        policy.save_hf(folder, cfg.weight_sync.bucket_size_mb << 20)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from megarl.algorithms.grpo import attach
+from megarl.algorithms.onpolicy import attach
 from megarl.algorithms.preference import named
-from megarl.algorithms.sft import deal, save_if_due, steps_of
+from megarl.algorithms.sft import deal, steps_of
+from megarl.checkpoint.checkpoints import Checkpoints
 from megarl.config import Config
 from megarl.data.prompts import PromptStream
 from megarl.data.records import Sample
@@ -41,7 +42,9 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
         policy = Engine(cfg, mesh, spec, temperature=1.0, total_updates=steps)
         reference = HostWeights(policy.model)
         shift = RewardShift(cfg.preference.bco_shift)
-    for step in range(1, steps + 1):
+        checkpoints = Checkpoints(cfg, run, mesh, policy=policy, stream=stream, shift=shift)
+        checkpoints.resume()
+    for step in checkpoints.steps(steps):
         with run.phase("step"):
             drawn = stream.next(cfg.train.train_global_batch_size)
             batch = [sample_of(e) for e in deal(drawn, [len(e.tokens) for e in drawn], mesh)]
@@ -50,7 +53,7 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
                 pairs = mismatched_samples(drawn, longest)
                 others = deal(pairs, [len(sample.tokens) for sample in pairs], mesh)
             with run.phase("ref_logps"), policy.holding(reference):
-                attach("ref_logps", policy, [batch, others])
+                attach("ref_logps", policy, [*batch, *others])
             with run.phase("baseline"):
                 if cfg.preference.loss == "kto":
                     baseline = kl_baseline(ratios(policy, others, mesh))
@@ -62,7 +65,7 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
             loss = partial(unpaired_tokens, cfg=cfg.preference, baseline=baseline.item())
             with run.phase("train"):
                 metrics = policy.step(batch, loss, loss_agg_mode="seq-mean-token-mean")
-            save_if_due(cfg, run, policy, step, last=step == steps)
+            checkpoints.save_if_due(step)
         run.report(
             step, steps, by_class(named(metrics | {"baseline": baseline.item()})), [len(e.tokens) for e in drawn]
         )

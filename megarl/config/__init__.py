@@ -18,10 +18,10 @@ from typing import Literal
 
 from omegaconf import OmegaConf
 
-from megarl.config.algorithm import AdvantageConfig, LossConfig, PreferenceConfig, TrainConfig
+from megarl.config.algorithm import AdvantageConfig, CriticConfig, LossConfig, PreferenceConfig, TrainConfig
 from megarl.config.checks import check
 from megarl.config.data import DataConfig
-from megarl.config.job import CheckpointConfig, ClusterConfig, LoggerConfig, RunConfig
+from megarl.config.job import CheckpointConfig, ClusterConfig, GuardConfig, LoggerConfig, RunConfig
 from megarl.config.model import ModelConfig, OptimizerConfig, ParallelConfig
 from megarl.config.reader import ConfigError, read
 from megarl.config.rollout import RewardConfig, RewardFunction, RolloutConfig, ValidationConfig, WeightSyncConfig
@@ -32,7 +32,9 @@ __all__ = [
     "ClusterConfig",
     "Config",
     "ConfigError",
+    "CriticConfig",
     "DataConfig",
+    "GuardConfig",
     "LoggerConfig",
     "LossConfig",
     "ModelConfig",
@@ -55,7 +57,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Config:
-    algorithm: Literal["sft", "preference", "unpaired", "grpo"] = "grpo"
+    algorithm: Literal["sft", "preference", "unpaired", "grpo", "ppo", "remax"] = "grpo"
     """Which loop of megarl/algorithms runs."""
     run: RunConfig = field(default_factory=RunConfig)
     """Name, length and seed of the run."""
@@ -79,6 +81,8 @@ class Config:
     """From rewards to advantages."""
     loss: LossConfig = field(default_factory=LossConfig)
     """The policy loss."""
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    """The critic of ppo."""
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     """The loss of preference data."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)
@@ -86,7 +90,9 @@ class Config:
     weight_sync: WeightSyncConfig = field(default_factory=WeightSyncConfig)
     """From the policy to vLLM, and how far the two may disagree."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    """When the policy is written out."""
+    """When the run is saved, what is kept, and what it resumes from."""
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    """What happens to steps that are not finite, and to jumps."""
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     """Where metrics go besides the run's folder."""
 

@@ -1,7 +1,12 @@
 """The method: batch sizes, advantages and losses."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+from megarl.config.model import OptimizerConfig
+
+# Those whose data is what the policy samples.
+ON_POLICY = ("grpo", "ppo", "remax")
 
 
 @dataclass(frozen=True)
@@ -18,12 +23,28 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class AdvantageConfig:
+    adv_estimator: Literal["grpo", "rloo", "reinforce", "reinforce_plus_plus", "reinforce_plus_plus_baseline"] = "grpo"
+    """Which function of megarl/algorithms/credit.py makes advantages of rewards, where algorithm is grpo."""
     normalize_by_std: bool = True
     """Divide by the standard deviation of the group's rewards (GRPO); false leaves the differences (Dr. GRPO)."""
     use_leave_one_out_baseline: bool = False
     """Compare a sample with the mean of the others in its group (RLOO), not with the mean of all."""
     eps: float = 1e-6
     """Added to the standard deviation."""
+    baseline: Literal["none", "batch", "leave_one_out"] = "leave_one_out"
+    """What reinforce compares a reward with: nothing, the mean of the others in the batch, or in the group."""
+    gamma: float = 1.0
+    """Discount of a later token's reward, where rewards go by token."""
+    gae_lambda: float = 0.95
+    """Lambda of the generalised advantage estimation of ppo."""
+    normalize_advantages: bool = True
+    """Whiten the advantages of ppo over all tokens of a step."""
+    kl_coef: float = 0.0
+    """Weight of the KL divergence from the reference model in the rewards; 0 leaves it out."""
+    kl_target: float | None = None
+    """KL, as a mean over tokens, near which `kl_coef` is held by changing it; null does not change it."""
+    kl_horizon: int = 10000
+    """Samples over which `kl_coef` changes by a factor of e at most, times the error."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +81,16 @@ class LossConfig:
     """Largest such weight; icepop and seq-mask-tis leave out what is beyond."""
     truncated_importance_sampling_ratio_min: float = 0.5
     """Smallest such weight that icepop and seq-mask-tis keep."""
+
+
+@dataclass(frozen=True)
+class CriticConfig:
+    path: str | None = None
+    """Hugging Face directory that the critic starts from, of any size; null means `model.path`."""
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-5))
+    """AdamW of the critic; its learning rate is usually some ten times the policy's."""
+    critic_warmup_steps: int = 0
+    """First steps in which the critic learns alone."""
 
 
 @dataclass(frozen=True)

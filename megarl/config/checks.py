@@ -7,6 +7,7 @@ value that is wrong anyway. These need the config alone; those of `megarl.config
 
 from typing import TYPE_CHECKING
 
+from megarl.config.algorithm import ON_POLICY
 from megarl.config.machine import check_machine
 from megarl.config.sizes import (
     EP,
@@ -39,7 +40,7 @@ def check(cfg: "Config", launched: int | None, refused: set[str], *, this_machin
     ranges = list(check_ranges(cfg))  # no echoes here: a refused value left its default behind, which is in range
     refused = refused.union(*(problem.fields for problem in ranges))
     others = [*check_values(cfg), *_launch(cfg, launched), *_layout(cfg)]
-    if cfg.algorithm == "grpo":
+    if cfg.algorithm in ON_POLICY:
         others += [*_engines(cfg), *_grpo(cfg), *_lengths(cfg)]
     else:
         others += _examples(cfg)
@@ -136,15 +137,27 @@ def _grpo(cfg: "Config") -> Problems:
                 "train.train_global_batch_size",
             ),
         )
-    if group == 1:
+    if group == 1 and _compares_in_groups(cfg):
         text = "rollout.num_generations_per_prompt = 1: a group of one is its own mean, so every advantage is r - r = 0"
-        yield Problem(text, ("rollout.num_generations_per_prompt",))
+        yield Problem(text, ("rollout.num_generations_per_prompt", "algorithm", "advantage.adv_estimator"))
     if rollout.max_num_batched_tokens is not None and rollout.max_num_batched_tokens < rollout.max_num_seqs:
         yield Problem(
             f"rollout.max_num_batched_tokens = {rollout.max_num_batched_tokens} is less than a token for each of "
             f"rollout.max_num_seqs = {rollout.max_num_seqs}",
             ("rollout.max_num_batched_tokens", "rollout.max_num_seqs"),
         )
+    if rollout.quantization is not None and (rollout.dtype or cfg.model.dtype) == "fp32":
+        yield Problem(
+            f"rollout.quantization = {rollout.quantization} needs rollout.dtype = bf16: vLLM quantises no fp32 weights",
+            ("rollout.quantization", "rollout.dtype", "model.dtype"),
+        )
+
+
+def _compares_in_groups(cfg: "Config") -> bool:
+    """Whether advantages compare a sample with others of its prompt."""
+    estimator, baseline = cfg.advantage.adv_estimator, cfg.advantage.baseline
+    by_itself = estimator == "reinforce_plus_plus" or (estimator == "reinforce" and baseline != "leave_one_out")
+    return cfg.rollout.dynamic_sampling or (cfg.algorithm == "grpo" and not by_itself)
 
 
 def _lengths(cfg: "Config") -> Problems:

@@ -7,6 +7,7 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megarl.config.algorithm import ON_POLICY
 from megarl.config.sizes import (
     EP,
     ETP,
@@ -66,14 +67,14 @@ def check_model(cfg: "Config") -> Problems:
         text = f"{TP} = {tp} of a model with {what}: megatron-core trains it with parallel.sequence_parallel only"
         yield Problem(text, ("model.path", "parallel.sequence_parallel", TP))
     yield from _model_layers(cfg, spec)
-    if cfg.algorithm == "grpo":
+    if cfg.algorithm in ON_POLICY:
         yield from _model_positions(cfg, spec)
 
 
 def _model_tensors(cfg: "Config", spec: "ModelSpec") -> Problems:
     """Heads and MLP over tensor-parallel ranks, of the policy and of vLLM."""
     sizes = {TP: cfg.parallel.tensor_model_parallel_size}
-    if cfg.algorithm == "grpo":
+    if cfg.algorithm in ON_POLICY:
         sizes[ROLLOUT_TP] = cfg.rollout.tensor_parallel_size
     heads, kv_heads = spec.num_attention_heads, spec.num_query_groups
     for path, tp in sizes.items():

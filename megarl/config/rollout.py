@@ -14,6 +14,10 @@ class RolloutConfig:
     """Samples of each prompt: the group that advantages are computed in."""
     tensor_parallel_size: int = 1
     """Consecutive ranks that form one vLLM engine; there are as many engines as fit."""
+    dynamic_sampling: bool = False
+    """Train on groups of different rewards only, and sample further prompts until there are enough (DAPO)."""
+    dynamic_sampling_max_gen_batches: int = 10
+    """How often a step draws prompts for that at most."""
     max_response_length: int = 1024
     """Longest response in tokens."""
     temperature: float = 1.0
@@ -40,8 +44,10 @@ class RolloutConfig:
     """What vLLM does with its weights while the policy trains: keep them in host memory (1) or drop them (2)."""
     dtype: Literal["bf16", "fp32"] | None = None
     """Number format of vLLM's weights; null means `model.dtype`."""
-    quantization: Literal["fp8"] | None = None
+    quantization: Literal["fp8_per_tensor", "fp8_per_channel", "fp8_per_block"] | None = None
     """Let vLLM quantise the weights, at its start and at every push; null leaves them as they are."""
+    router_replay: bool = False
+    """Let vLLM report with every response the experts that each of its tokens was sent to."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,12 @@ class RewardConfig:
     """Worker processes that compute rewards, for each vLLM engine; they belong to the engine's first rank."""
     timeout_s: float = 10.0
     """Seconds that one sample may take; a worker that needs longer is killed and replaced."""
+    overlong_buffer_len: int = 0
+    """Last tokens up to `rollout.max_response_length` in which a response is penalised, linearly; 0 penalises none."""
+    overlong_buffer_penalty: float = 1.0
+    """That penalty at its largest, at the limit itself."""
+    overlong_filtering: bool = False
+    """Leave responses that reached the limit out of the loss; they still count in their group's mean."""
     on_error: Literal["drop_group", "abort"] = "drop_group"
     """After a reward fails on a sample: drop that prompt's whole group, or end the run."""
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megarl.config.algorithm import ON_POLICY
+
 if TYPE_CHECKING:
     from megarl.config import Config
 
@@ -63,6 +65,7 @@ RANGES = {
     "rollout.num_prompts_per_step": "[1, inf)",
     "rollout.num_generations_per_prompt": "[1, inf)",
     "rollout.tensor_parallel_size": "[1, inf)",
+    "rollout.dynamic_sampling_max_gen_batches": "[1, inf)",
     "rollout.max_response_length": "[1, inf)",
     "rollout.temperature": "[0.01, 2]",
     "rollout.top_p": "(0, 1]",
@@ -74,7 +77,15 @@ RANGES = {
     "rollout.kv_cache_gb": "(0, inf)",
     "reward.workers": "[1, inf)",
     "reward.timeout_s": "(0, inf)",
+    "reward.overlong_buffer_len": "[0, inf)",
+    "reward.overlong_buffer_penalty": "[0, inf)",
     "advantage.eps": "[0, inf)",
+    "advantage.gamma": "[0, 1]",
+    "advantage.gae_lambda": "[0, 1]",
+    "advantage.kl_coef": "[0, inf)",
+    "advantage.kl_target": "(0, inf)",
+    "advantage.kl_horizon": "[1, inf)",
+    "critic.critic_warmup_steps": "[0, inf)",
     "loss.clip_ratio_low": "[0, 1]",
     "loss.clip_ratio_high": "[0, inf)",
     "loss.clip_ratio_c": "(1, inf)",
@@ -102,6 +113,14 @@ RANGES = {
     "weight_sync.max_gen_kl_error": "(0, inf)",
     "weight_sync.max_token_mult_prob_error": "(1, inf)",
     "checkpoint.save_period": "[0, inf)",
+    "checkpoint.keep_last": "[1, inf)",
+    "checkpoint.keep_every": "[0, inf)",
+    "checkpoint.keep_top_k": "[0, inf)",
+    "guard.max_bad_steps": "[1, inf)",
+    "guard.spike_sigmas": "(0, inf)",
+    "guard.spike_window": "[5, inf)",
+    "guard.max_rollbacks": "[0, inf)",
+    "run.stop_grace_s": "(0, inf)",
 }
 # Megatron's, less those of MoE and latent attention, and less "layernorm": megatron-core 0.16 to 0.19 ends with a
 # NameError at it where Transformer Engine is missing, and does nothing where its layers have the norms inside.
@@ -146,6 +165,7 @@ OWNED_OVERRIDES = {
 def check_values(cfg: "Config") -> Problems:
     """Everything of this file but the ranges."""
     yield from _run_folder(cfg)
+    yield from _checkpoint(cfg)
     yield from _recompute(cfg)
     yield from _overrides(cfg)
     yield from _schedule(cfg)
@@ -188,6 +208,38 @@ def _run_folder(cfg: "Config") -> Problems:
     elif (folder := (root / name).resolve()).parent != root:
         text = f"run.name = {name!r}: {root / name} leads out of run.root, to {folder}"
         yield Problem(text, ("run.name", "run.root"))
+
+
+def _checkpoint(cfg: "Config") -> Problems:
+    """Settings of checkpoints that need one another."""
+    c = cfg.checkpoint
+    if c.checkpoint_must_save_by is not None and duration_seconds(c.checkpoint_must_save_by) is None:
+        text = f"checkpoint.checkpoint_must_save_by = {c.checkpoint_must_save_by!r} is not DD:HH:MM:SS"
+        yield Problem(text, ("checkpoint.checkpoint_must_save_by",))
+    if "optimizer" in c.save_contents and "model" not in c.save_contents:
+        text = "checkpoint.save_contents has optimizer without model, which nothing could resume from"
+        yield Problem(text, ("checkpoint.save_contents",))
+    if (c.keep_top_k > 0) != (c.metric_name is not None):
+        text = (
+            f"checkpoint.keep_top_k = {c.keep_top_k} and checkpoint.metric_name = {c.metric_name or 'null'} need both"
+        )
+        yield Problem(text, ("checkpoint.keep_top_k", "checkpoint.metric_name"))
+    if (c.resume_mode == "resume_path") != (c.resume_from_path is not None):
+        mode, path = f"checkpoint.resume_mode = {c.resume_mode}", c.resume_from_path or "null"
+        text = f"{mode} and checkpoint.resume_from_path = {path}: the path goes with resume_path"
+        yield Problem(text, ("checkpoint.resume_mode", "checkpoint.resume_from_path"))
+    if cfg.guard.on_bad_steps == "rollback" and (not c.save_period or "model" not in c.save_contents):
+        text = "guard.on_bad_steps = rollback needs checkpoints to go back to: set checkpoint.save_period"
+        yield Problem(text, ("guard.on_bad_steps", "checkpoint.save_period", "checkpoint.save_contents"))
+
+
+def duration_seconds(text: str) -> int | None:
+    """Seconds of DD:HH:MM:SS; None for anything else."""
+    match = re.fullmatch(r"(\d+):(\d\d):(\d\d):(\d\d)", text)
+    if match is None:
+        return None
+    days, hours, minutes, seconds = map(int, match.groups())
+    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _recompute(cfg: "Config") -> Problems:
@@ -294,7 +346,7 @@ def _preference(cfg: "Config") -> Problems:
 
 def _validation(cfg: "Config") -> Problems:
     validation, has_data = cfg.validation, cfg.data.val_path is not None
-    if cfg.algorithm != "grpo":
+    if cfg.algorithm not in ON_POLICY:
         changed = [f"validation.{f.name}" for f in fields(validation) if vars(validation)[f.name] != f.default]
         if set_fields := ["data.val_path"] * has_data + changed:
             would = f"{', '.join(set_fields)} would do nothing: leave it out"
@@ -328,7 +380,7 @@ def _data(cfg: "Config") -> Problems:
         yield Problem("data.pass_rate_key and data.pass_rates both say how hard a prompt is: leave one out", rates)
     if asked and data.pass_rate_key is None and data.pass_rates is None:
         yield Problem(f"{asked[0]} needs pass rates: set data.pass_rate_key or data.pass_rates", fields)
-    if asked and cfg.algorithm != "grpo":
+    if asked and cfg.algorithm not in ON_POLICY:
         would = f"{', '.join(asked)} would do nothing: leave it out"
         text = f"algorithm = {cfg.algorithm} reads examples, not prompts, so that {would}"
         yield Problem(text, ("algorithm", *fields))
@@ -351,8 +403,8 @@ def _names(cfg: "Config") -> Problems:
             text = f"data.adapter = {cfg.data.adapter!r} is not one of {', '.join(ADAPTERS)}"
             yield Problem(text, ("data.adapter",))
     names = [function.name for function in cfg.reward.functions]
-    if not names and cfg.algorithm == "grpo":
-        yield Problem("reward.functions is empty: grpo needs a reward", ("reward.functions",))
+    if not names and cfg.algorithm in ON_POLICY:
+        yield Problem(f"reward.functions is empty: {cfg.algorithm} needs a reward", ("reward.functions",))
     for name in names:
         if name not in REWARDS and ":" not in name:
             near = difflib.get_close_matches(name, REWARDS, n=1)

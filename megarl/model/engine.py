@@ -41,6 +41,12 @@ Loss = Callable[[Tensor, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
 class NonFiniteError(RuntimeError):
     """A loss or gradient is NaN or infinite. The optimizer has not stepped, on any rank."""
 
+    HERE = "gradient not finite here"  # in the message of the ranks where it began
+
+
+def _raise(error: NonFiniteError) -> None:
+    raise error
+
 
 class Engine:
     """A policy in training; or, of a spec with a scalar head, a critic or reward model, whose verb is `values` in place
@@ -56,6 +62,7 @@ class Engine:
         self.cfg = cfg
         self.mesh = mesh
         self.spec = spec = spec.without_mtp()  # they predict further tokens, which no loss here asks for
+        self.refused: Callable[[NonFiniteError], None] = _raise  # told, on every rank, of an update that was refused
         self.transformer_engine = uses_transformer_engine(cfg, mesh.device)
         with mesh.platform():
             model = build_model(cfg, spec, mesh, temperature)
@@ -119,8 +126,8 @@ class Engine:
 
         Every ``together`` neighbours, such as the two responses of a pair, share a microbatch. Returns the loss, the
         loss's metrics as means over response tokens of the whole step (with ``seq-mean-token-mean``, over responses of
-        their means), ``grad_norm``, ``lr`` and ``tokens``, the same on every rank. Raises NonFiniteError before the
-        optimizer steps.
+        their means), ``grad_norm``, ``lr`` and ``tokens``, the same on every rank. Where they are not finite no rank's
+        optimizer steps, and ``refused`` decides what follows: it raises, unless somebody else takes it.
         """
         batches, _ = self._microbatches(samples, self.cfg.train.train_mb_tokens, loss_agg_mode, together)
         by_response = loss_agg_mode == "seq-mean-token-mean"
@@ -130,9 +137,14 @@ class Engine:
             self.optimizer.zero_grad()
             sums = self._run(batches, partial(self._loss_step, loss, by_response), forward_only=False)
             metrics = self._reduce(sums, by_response)
-            self._refuse_poison(metrics, samples)
+            poison = self._poison(metrics, samples)
             grad_norm = 0.0
-            if metrics["tokens"]:  # else there is nothing to learn from: Adam's moments and step count stay as they are
+            if poison is not None:
+                self.model.zero_grad_buffer()
+                self.refused(poison)
+            elif metrics[
+                "tokens"
+            ]:  # else there is nothing to learn from: Adam's moments and step count stay as they are
                 self.scheduler.step(1)
                 _, grad_norm, _ = self.optimizer.step()
         lr = max(group["lr"] for group in self.optimizer.param_groups)
@@ -251,21 +263,21 @@ class Engine:
             dist.broadcast_object_list(reduced, self.mesh.last_stage_rank, group=self.mesh.pp_group)
         return reduced[0]
 
-    def _refuse_poison(self, metrics: dict[str, float], samples: list[Sample]) -> None:
-        """Raise on every rank if the loss, or any rank's gradient, is not a finite number."""
+    def _poison(self, metrics: dict[str, float], samples: list[Sample]) -> NonFiniteError | None:
+        """On every rank the reason to refuse the update, if the loss or any rank's gradient is not a finite number."""
         buffers = (*self.model.buffers, *self.model.expert_parallel_buffers)
         gradients = sum(buffer.grad_data.sum().float() for buffer in buffers)
         finite = bool(torch.isfinite(gradients)) and math.isfinite(metrics["loss"])
         flag = torch.tensor([not finite], dtype=torch.int, device=self.mesh.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         if not flag.item():
-            return
-        self.model.zero_grad_buffer()
+            return None
         named = "; ".join(sample.name for sample in samples[:4]) or "no samples"
-        raise NonFiniteError(
-            f"rank {self.mesh.rank}: loss {metrics['loss']}, gradient {'finite' if finite else 'not finite'} here; "
-            f"the update was refused on all ranks. This replica trained on {len(samples)} samples ({named}, ...). "
-            "Look at their rewards and rollout_logps, or lower optimizer.lr"
+        where = "gradient finite here" if finite else NonFiniteError.HERE
+        return NonFiniteError(
+            f"rank {self.mesh.rank}: loss {metrics['loss']}, {where}; the update was refused on all ranks. "
+            f"This replica trained on {len(samples)} samples ({named}, ...). Look at their rewards and "
+            "rollout_logps, or lower optimizer.lr"
         )
 
 

@@ -36,8 +36,14 @@ class MetricsLog:
     """Writes one record per call to every sink; does nothing on ranks that are not the writer."""
 
     def __init__(
-        self, run_dir: str | Path, cfg_logger: LoggerConfig, config_dict: dict[str, Any], is_writer: bool
+        self,
+        run_dir: str | Path,
+        cfg_logger: LoggerConfig,
+        config_dict: dict[str, Any],
+        is_writer: bool,
+        purge_step: int | None = None,
     ) -> None:
+        """``purge_step``: TensorBoard drops what an earlier process of the run logged from this step on."""
         self.path = Path(run_dir) / METRICS_FILE
         self._is_writer = is_writer
         self._wandb_run: Any = None
@@ -51,7 +57,7 @@ class MetricsLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _drop_unfinished_line(self.path)
         self._file = self.path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(str(self.path.parent / TENSORBOARD_FOLDER))
+        self._tensorboard = SummaryWriter(str(self.path.parent / TENSORBOARD_FOLDER), purge_step=purge_step)
         self._tensorboard.add_text("config", f"```\n{json.dumps(config_dict, indent=2, default=str)}\n```")
 
     def log(self, step: int, metrics: dict[str, float]) -> None:

@@ -1,20 +1,25 @@
 """A run on this rank: its folder, its clock, its log. What loops report goes through here.
 
 The folder holds one run: `config.yaml`, `metrics.jsonl`, `tensorboard/`, `events.jsonl` (what went wrong with single
-samples), `reward.png` or `loss.png`, and the models saved under `hf/`. Those of an earlier run of the same name are
-moved to `earlier-<n>/` first.
+samples, and with whole steps), `reward.png` or `loss.png`, the models saved under `hf/`, and `checkpoints/`. One run at
+a time has it (`FolderInUse`). A run that resumes goes on with what is there, up to the step that it resumes from; for
+any other, what an earlier run of the same name left is moved to `earlier-<n>/` first.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Protocol
 
 from megarl.config import Config, save
 from megarl.observe.console import Console, format_duration
+from megarl.observe.lock import RunLock
 from megarl.observe.metrics import METRICS_FILE, TENSORBOARD_FOLDER, MetricsLog, read_metrics
 from megarl.observe.report import (
     LOSS_PICTURE,
@@ -30,7 +35,31 @@ from megarl.observe.timers import Phases, PhaseWatchdog
 CONFIG_FILE = "config.yaml"
 EVENTS_FILE = "events.jsonl"
 MODELS_FOLDER = "hf"
+CHECKPOINTS_FOLDER = "checkpoints"
 _SHOWN_EVENTS = 5
+
+
+class ResumedFrom(Protocol):
+    """The checkpoint a run goes on from, of which only this is read here."""
+
+    @property
+    def manifest(self) -> Any: ...
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def skipped(self) -> list[str]: ...
+
+    @property
+    def in_place(self) -> bool: ...
+
+
+class StopSource(PhaseWatchdog, Protocol):
+    """A watchdog that also hears signals: why the run is to stop, if it is."""
+
+    @property
+    def stop_requested(self) -> str | None: ...
 
 
 class Run:
@@ -43,9 +72,15 @@ class Run:
         world_size: int,
         layout: str,
         device_name: str | None = None,
-        watchdog: PhaseWatchdog | None = None,
+        watchdog: StopSource | None = None,
+        resumed: ResumedFrom | None = None,
     ) -> None:
         self.cfg = cfg
+        self.resumed = resumed
+        self.reported: dict[str, float] = {}  # what the last report said
+        self.stopped: str | None = None  # why the run ended before its last step
+        self._watchdog = watchdog
+        self._stop: str | None = None
         self.device_name = device_name
         self.shape = ModelShape.from_hf(json.loads((Path(cfg.model.path) / "config.json").read_text()))
         self.dir = Path(cfg.run.root) / cfg.run.name
@@ -58,9 +93,15 @@ class Run:
         self._unlogged: dict[str, float] = {}
         if self.is_writer:
             self.dir.mkdir(parents=True, exist_ok=True)
-            _set_aside(self.dir, Path(cfg.model.path))
+            self._lock = RunLock(self.dir)
+            if resumed is None or not resumed.in_place:
+                _set_aside(self.dir, Path(cfg.model.path))
+            else:
+                for name in (METRICS_FILE, EVENTS_FILE):
+                    _cut_after(self.dir / name, resumed.manifest.step)
             save(cfg, self.dir / CONFIG_FILE)
-        self.log = MetricsLog(self.dir, cfg.logger, dataclasses.asdict(cfg), self.is_writer)
+        purge = None if resumed is None else resumed.manifest.step + 1
+        self.log = MetricsLog(self.dir, cfg.logger, dataclasses.asdict(cfg), self.is_writer, purge)
         self.console.header(cfg, layout)
 
     @contextmanager
@@ -99,21 +140,39 @@ class Run:
         if lengths:
             values |= self._performance(values, lengths, epochs)
         self.log.log(step, values)
+        self.reported = values
         self._step, self._timed, self._unlogged = step, timed, {}
         if step:
             self.console.step(step, total_steps, values)
         elif "val/accuracy" in values:
             self.console.note(f"before training: held-out accuracy {values['val/accuracy']:.1%}")
 
-    def events(self, step: int, errors: Sequence[str]) -> None:
-        """Keep what went wrong with single samples (their groups were dropped) in events.jsonl, and show the first."""
+    def later(self, values: Mapping[str, float]) -> None:
+        """Add these to the next report."""
+        self._unlogged |= values
+
+    def seconds(self) -> float:
+        """Since this process started: what time limits count."""
+        return time.time() - _process_start()
+
+    def request_stop(self, why: str) -> None:
+        """Let the run end, saved, after the step it is in."""
+        self._stop = self._stop or why
+
+    def stop_requested(self) -> str | None:
+        """Why the run is to stop, asked by a signal or by `request_stop`."""
+        return self._stop or (self._watchdog.stop_requested if self._watchdog is not None else None)
+
+    def events(self, step: int, errors: Sequence[str], kind: str = "dropped a group") -> None:
+        """Keep what went wrong, with single samples (their groups were dropped) or a whole step, in events.jsonl, and
+        show the first."""
         if not errors or not self.is_writer:
             return
         path = self.dir / EVENTS_FILE
         with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"step": step, "event": error}) + "\n" for error in errors)
+            file.writelines(json.dumps({"step": step, "kind": kind, "event": error}) + "\n" for error in errors)
         for error in errors[:_SHOWN_EVENTS]:
-            self.console.note(f"  dropped a group: {error}")
+            self.console.note(f"  {kind}: {error}")
         if len(errors) > _SHOWN_EVENTS:
             self.console.note(f"  ... and {len(errors) - _SHOWN_EVENTS:,} more, all of them in {path}")
 
@@ -126,6 +185,7 @@ class Run:
         self.log.close()
         self.console.close()
         if self.is_writer:
+            self._lock.close()
             records = read_metrics(self.dir)
             title = f"{self.cfg.algorithm} · {self.cfg.run.name}"
             plot_rewards(records, self.dir / picture_name(records), title=title)
@@ -149,9 +209,10 @@ class Run:
 def _set_aside(folder: Path, model: Path) -> None:
     """Move what an earlier run of this name left into a folder of its own, so that a new one starts with its own
     step 1. Its models stay if this run starts from one of them."""
-    if not (folder / METRICS_FILE).exists():
+    if not (folder / METRICS_FILE).exists() and not (folder / CHECKPOINTS_FOLDER).exists():
         return
     names = [METRICS_FILE, TENSORBOARD_FOLDER, CONFIG_FILE, EVENTS_FILE, REWARD_PICTURE, LOSS_PICTURE]
+    names.append(CHECKPOINTS_FOLDER)
     if not model.resolve().is_relative_to((folder / MODELS_FOLDER).resolve()):
         names.append(MODELS_FOLDER)
     numbers = [path.name.removeprefix("earlier-") for path in folder.glob("earlier-*")]
@@ -160,3 +221,21 @@ def _set_aside(folder: Path, model: Path) -> None:
     for name in names:
         if (folder / name).exists():
             (folder / name).rename(earlier / name)
+
+
+def _cut_after(path: Path, step: int) -> None:
+    """Leave only the lines of steps up to this one: what comes later will happen again."""
+    if not path.exists():
+        return
+    whole = path.read_text(encoding="utf-8").split("\n")[:-1]  # a killed run may leave half a line
+    kept = [line for line in whole if json.loads(line)["step"] <= step]
+    new = path.with_name(path.name + ".tmp")
+    new.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    os.replace(new, path)
+
+
+def _process_start() -> float:
+    """Seconds since the epoch at which this process was started."""
+    import psutil
+
+    return psutil.Process().create_time()

@@ -1,7 +1,10 @@
-"""Exchanges of host data between ranks: rollouts from where they were sampled to where they are trained on."""
+"""Exchanges of host data between ranks: rollouts from where they were sampled to where they are trained on, and small
+objects and sums that every rank is to know."""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,55 +22,67 @@ def gather_objects(mine: Any, group: dist.ProcessGroup) -> list[Any]:
     return out
 
 
+def summed_over(group: dist.ProcessGroup) -> Callable[[Tensor], Tensor]:
+    """A function that adds up small tensors in host memory over the group's ranks: `advantages.whiten`'s ``reduce``."""
+    return lambda part: torch.stack(gather_objects(part.cpu(), group)).sum(0)
+
+
 def exchange_samples(outgoing: list[list[Sample]], group: dist.ProcessGroup) -> list[list[Sample]]:
-    """Send ``outgoing[r]`` to rank r; returns what each rank sent here. Tokens and log-probabilities travel as flat
-    tensors.
+    """Send ``outgoing[r]`` to rank r; returns what each rank sent here, every field of it.
 
-    No rank holds more than what it samples and what it trains on.
+    Tokens and tensors travel as bytes in one exchange, the rest in a small header. No rank holds more than what it
+    samples and what it trains on. Tensors arrive in host memory.
     """
-    headers = gather_objects([[_header(s) for s in samples] for samples in outgoing], group)
+    packed = [[_packed(sample) for sample in samples] for samples in outgoing]
+    headers = gather_objects([[header for header, _ in samples] for samples in packed], group)
     incoming = [sent[group.rank()] for sent in headers]
-    tokens = _all_to_all(
-        [np.concatenate([s.tokens for s in samples] or [[]]).astype(np.int64) for samples in outgoing],
-        [sum(h["tokens"] for h in sent) for sent in incoming],
+    bodies = _all_to_all(
+        [np.concatenate([np.empty(0, np.uint8), *(body for _, body in samples)]) for samples in packed],
+        [sum(_size(header) for header in sent) for sent in incoming],
         group,
     )
-    logps = _all_to_all(
-        [np.concatenate([_logps(s) for s in samples] or [[]]).astype(np.float32) for samples in outgoing],
-        [sum(h["logps"] for h in sent) for sent in incoming],
-        group,
-    )
-    return [_rebuild(*parts) for parts in zip(incoming, tokens, logps, strict=True)]
+    return [_rebuild(sent, body) for sent, body in zip(incoming, bodies, strict=True)]
 
 
-def _header(sample: Sample) -> dict[str, Any]:
-    return {
-        "prompt_id": sample.prompt_id,
-        "index": sample.index,
-        "prompt_length": sample.prompt_length,
-        "advantage": sample.advantage,
-        "row": sample.row,
-        "tokens": len(sample.tokens),
-        "logps": 0 if sample.rollout_logps is None else len(sample.rollout_logps),
-    }
+@dataclasses.dataclass
+class _Header:
+    """A sample without its tokens and tensors, and what those are: (field, dtype, shape), in the order of the bytes."""
+
+    plain: dict[str, Any]
+    arrays: list[tuple[str, torch.dtype, torch.Size]]
 
 
-def _logps(sample: Sample) -> np.ndarray:
-    return np.empty(0, np.float32) if sample.rollout_logps is None else sample.rollout_logps.numpy()
+def _packed(sample: Sample) -> tuple[_Header, np.ndarray]:
+    plain, arrays, body = {}, [], []
+    for name, value in vars(sample).items():
+        tensor = torch.tensor(value, dtype=torch.int32) if name == "tokens" else value
+        if not isinstance(tensor, Tensor):
+            plain[name] = value
+            continue
+        arrays.append((name, tensor.dtype, tensor.shape))
+        # by rows of bytes, which every dtype has, bfloat16 too
+        body.append(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return _Header(plain, arrays), np.concatenate(body)
 
 
-def _rebuild(headers: list[dict[str, Any]], tokens: Tensor, logps: Tensor) -> list[Sample]:
-    samples = []
-    for header, ids, values in zip(
-        headers,
-        tokens.split([h["tokens"] for h in headers]),
-        logps.split([h["logps"] for h in headers]),
-        strict=True,
-    ):
-        sample = Sample(header["prompt_id"], header["index"], ids.tolist(), header["prompt_length"])
-        sample.rollout_logps = values.clone() if header["logps"] else None
-        sample.advantage, sample.row = header["advantage"], header["row"]
-        samples.append(sample)
+def _size(header: _Header) -> int:
+    return sum(_bytes(dtype, shape) for _, dtype, shape in header.arrays)
+
+
+def _bytes(dtype: torch.dtype, shape: torch.Size) -> int:
+    return dtype.itemsize * shape.numel()
+
+
+def _rebuild(headers: list[_Header], body: Tensor) -> list[Sample]:
+    samples, at = [], 0
+    for header in headers:
+        fields = dict(header.plain)
+        for name, dtype, shape in header.arrays:
+            part = body[at : at + _bytes(dtype, shape)]
+            fields[name] = part.clone().view(dtype).view(shape)
+            at += len(part)
+        fields["tokens"] = fields["tokens"].tolist()
+        samples.append(Sample(**fields))
     return samples
 
 

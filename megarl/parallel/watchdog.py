@@ -4,6 +4,12 @@ Each rank's watchdog thread writes a heartbeat (host, phase) to a store of the j
 in one phase longer than the deadline prints every thread's stack, says which ranks are silent or behind, and ends its
 process; the launcher then ends the rest. The collectives have the same deadline. A rank whose peer died hears of it by
 an exception or by the launcher's SIGTERM, and says the same sentence about it before it goes.
+
+SIGUSR1, and SIGTERM while all ranks run, ask for an end after the step: `stop_requested` says so, and the loop saves.
+A second one ends the process at once.
+
+On a hang or a peer's failure every rank leaves its stacks and phase in a folder of the run, ``rank_00003.txt``, and on
+CUDA what NCCL's flight recorder holds of the last collectives, ``nccl_00003.bin`` (for ``torchfrtrace``).
 """
 
 from __future__ import annotations
@@ -20,6 +26,7 @@ import sys
 import threading
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -27,13 +34,18 @@ import torch.distributed as dist
 EXIT_DEADLINE = 124  # as timeout(1)
 EXIT_TERMINATED = 128 + signal.SIGTERM  # as a shell reports it
 _BEAT_S = 1.0
+_ALIVE = "all of them run"
+_STOPS = (signal.SIGTERM, signal.SIGUSR1)
 _STALE_S = 3.0  # a rank without a heartbeat for so long no longer runs
 
 
 class Watchdog:
     """Heartbeats of this rank and the deadline of its phases. `megarl.observe.timers.Phases` enters and leaves."""
 
-    def __init__(self, deadline_s: float) -> None:
+    def __init__(self, deadline_s: float, folder: Path | None = None) -> None:
+        """``folder``: where the stacks of a hang go besides stderr; made when there are some."""
+        self.folder = folder
+        self.stop_requested: str | None = None
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self.deadline_s = deadline_s
@@ -80,7 +92,8 @@ class Watchdog:
         self._closed = True
         self._thread.join()
         signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in _STOPS:
+            signal.signal(number, signal.SIG_DFL)
 
     def suspects(self) -> str:
         """One sentence on the ranks that stopped, or are in another phase than this one. Takes `_STALE_S` seconds:
@@ -103,8 +116,8 @@ class Watchdog:
         if silent:
             return "no longer running: " + ", ".join(silent)
         if elsewhere:
-            return "in another phase: " + ", ".join(elsewhere)
-        return "all of them run, in the same phase"
+            return f"{_ALIVE}, in another phase: " + ", ".join(elsewhere)
+        return f"{_ALIVE}, in the same phase"
 
     def _heartbeat(self, rank: int) -> dict[str, Any]:
         return json.loads(self._store.get(f"beat/{rank}"))
@@ -122,7 +135,10 @@ class Watchdog:
             print(f"{self._me()}: other ranks: {self.suspects()}", file=sys.stderr, flush=True)
 
     def report_error(self, error: BaseException) -> None:
-        self.report(f"{type(error).__name__}: {error}", peers=_is_collective(error))
+        collective = _is_collective(error)
+        if collective:
+            self._leave_stacks(f"{type(error).__name__}: {error}")
+        self.report(f"{type(error).__name__}: {error}", peers=collective)
 
     def _me(self) -> str:
         return f"rank {self.rank} on {socket.gethostname()} in phase {self.phase!r}"
@@ -138,15 +154,49 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._closed:
             readable, _, _ = select.select([self._signals], [], [], _BEAT_S)
-            if readable and signal.SIGTERM in self._signals.recv(16):
-                self.report("told to stop (SIGTERM)", peers=True)
-                os._exit(EXIT_TERMINATED)
+            for number in self._signals.recv(16) if readable else b"":
+                self._signalled(signal.Signals(number))
             self._beat()
             if time.monotonic() - self._phases[-1][1] > self.deadline_s:
                 self._end()
 
+    def _signalled(self, number: signal.Signals) -> None:
+        """Ask for an end after the step; end now where that was asked before, or peers have died."""
+        if number not in _STOPS:
+            return
+        if self.stop_requested is not None:
+            print(f"{self._me()}: told to stop a second time ({number.name})", file=sys.stderr, flush=True)
+            os._exit(128 + number)
+        if number == signal.SIGTERM and self._peers_are_gone():
+            self.report("told to stop (SIGTERM)", peers=True)
+            self._leave_stacks("told to stop (SIGTERM)")
+            os._exit(EXIT_TERMINATED)
+        self.stop_requested = number.name
+
+    def _peers_are_gone(self) -> bool:
+        """Whether it is the launcher that ends what a failed rank has left. Takes `_STALE_S` seconds."""
+        return self.world_size > 1 and not self.suspects().startswith(_ALIVE)
+
+    def _leave_stacks(self, why: str) -> None:
+        """This rank's stacks, phase and last collectives in the run's folder. What cannot be written is not worth
+        another error: the process ends anyway."""
+        if self.folder is None:
+            return
+        with contextlib.suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with (self.folder / f"rank_{self.rank:05d}.txt").open("w") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {self._me()}: {why}\n\n")
+                file.flush()
+                faulthandler.dump_traceback(file=file, all_threads=True)
+            if dist.is_nccl_available() and dist.get_backend() == "nccl":
+                from torch._C._distributed_c10d import _dump_nccl_trace
+
+                (self.folder / f"nccl_{self.rank:05d}.bin").write_bytes(_dump_nccl_trace())
+
     def _end(self) -> None:
-        self.report(f"over the deadline of {self.deadline_s:.0f} s (run.deadline_s)", peers=True)
+        why = f"over the deadline of {self.deadline_s:.0f} s (run.deadline_s)"
+        self._leave_stacks(why)
+        self.report(why, peers=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         sys.stderr.flush()
         # The main thread may be inside a collective that never returns: nothing softer would end it.
@@ -156,12 +206,13 @@ class Watchdog:
 def _signals_as_bytes() -> socket.socket:
     """A socket that gets a byte for every signal, at once and from whichever thread.
 
-    The main thread, inside a collective, could not run a handler for SIGTERM.
+    The main thread, inside a collective, could not run a handler.
     """
     ours, theirs = socket.socketpair()
     theirs.setblocking(False)
     signal.set_wakeup_fd(theirs.detach(), warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, lambda number, frame: None)  # the watchdog's thread acts on it
+    for number in _STOPS:
+        signal.signal(number, lambda number, frame: None)  # the watchdog's thread acts on it
     return ours
 
 

@@ -108,7 +108,7 @@ class RemoteEngines:
 
     def checksums(self) -> dict[str, int]:
         """Of everything that the servers compute with; empty on other ranks than 0."""
-        out = {}
+        out: dict[str, int] = {}
         for url, answer in zip(
             self._urls, self._everywhere("collective_rpc", {"method": "megarl_checksums"}), strict=False
         ):

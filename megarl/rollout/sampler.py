@@ -6,14 +6,14 @@ stay where they were sampled until `Rollout.deal` sends each sample to the repli
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megarl.advantages import zero_variance_fraction
+from megarl.advantages import keep_mixed, zero_variance_fraction
 from megarl.config import Config
 from megarl.data.packing import balance
 from megarl.data.prompts import Prompt
@@ -23,6 +23,9 @@ from megarl.parallel.collectives import exchange_samples, gather_objects
 from megarl.parallel.mesh import Mesh
 from megarl.rewards.runner import RewardInput, RewardResult, RewardWorkers
 from megarl.rollout.vllm_engine import Completion, Sampling, VLLMEngine
+
+# How many prompts -> the next so many
+Draw = Callable[[int], list[Prompt]]
 
 
 class EmptyStepError(RuntimeError):
@@ -50,6 +53,7 @@ class Rollout:
     errors: list[str]  # what was wrong with the samples of dropped groups
     mine: dict[int, Sample] = field(repr=False)  # row -> sample
     mesh: Mesh = field(repr=False)
+    num_gen_batches: int = 1  # how often prompts were drawn and sampled for it
 
     @property
     def rewards(self) -> Tensor:
@@ -66,14 +70,44 @@ class Rollout:
         """Tokens of every sample, prompt and response."""
         return [row.prompt_length + row.response_length for row in self.rows]
 
-    def deal(self, advantages: Tensor, sequences_per_update: int) -> list[list[Sample]]:
+    @property
+    def prompts(self) -> list[int]:
+        """The numbers of the groups, in order."""
+        return list(dict.fromkeys(row.prompt for row in self.rows))
+
+    def only(self, prompts: Collection[int]) -> Rollout:
+        """The groups of these prompts."""
+        at = [i for i, row in enumerate(self.rows) if row.prompt in prompts]
+        mine = {new: self.mine[old] for new, old in enumerate(at) if old in self.mine}
+        return replace(self, rows=[self.rows[i] for i in at], mine=mine)
+
+    def mixed(self) -> Rollout:
+        """The groups whose rewards are not all equal (DAPO, 2503.14476, eq. 11)."""
+        kept = keep_mixed(self.rewards, self.groups).tolist()
+        return self.only({row.prompt for row, keep in zip(self.rows, kept, strict=True) if keep})
+
+    @staticmethod
+    def joined(parts: Sequence[Rollout]) -> Rollout:
+        """All groups of several rollouts, under new numbers."""
+        rows: list[Row] = []
+        mine: dict[int, Sample] = {}
+        number = 0
+        for part in parts:
+            mine |= {len(rows) + at: sample for at, sample in part.mine.items()}
+            new = {prompt: number + i for i, prompt in enumerate(part.prompts)}
+            rows += [replace(row, prompt=new[row.prompt]) for row in part.rows]
+            number += len(new)
+        errors = [error for part in parts for error in part.errors]
+        return Rollout(rows, errors, mine, parts[0].mesh, num_gen_batches=len(parts))
+
+    def deal(self, sequences_per_update: int) -> list[list[Sample]]:
         """Send every sample to the replica that trains on it.
 
         Whole steps are cut, in order, into updates of ``sequences_per_update`` (the last may be smaller where groups
         were dropped); each update is dealt over data parallelism in shares of nearly equal length.
 
         Returns:
-            for every update, this replica's samples, with their advantages. The same on all ranks of a replica.
+            for every update, this replica's samples. The same on all ranks of a replica.
         """
         owner: dict[int, int] = {}  # row -> data-parallel rank
         lengths, n = self.lengths, len(self.rows)
@@ -83,7 +117,7 @@ class Rollout:
                 owner |= {update[i]: dp_rank for i in share}
         outgoing: list[list[Sample]] = [[] for _ in range(self.mesh.world_size)]
         for row, sample in self.mine.items():
-            sample.row, sample.advantage = row, float(advantages[row])
+            sample.row = row
             for rank in range(self.mesh.world_size):
                 if self.mesh.dp_rank_of(rank) == owner[row]:
                     outgoing[rank].append(sample)
@@ -106,6 +140,8 @@ class Rollout:
             "response_length/clip_ratio": sum(cut) / len(cut),
             "prompt_length/mean": sum(row.prompt_length for row in self.rows) / len(self.rows),
         }
+        if self.num_gen_batches > 1:
+            out["dynamic_sampling/num_gen_batches"] = float(self.num_gen_batches)
         for name in self.rows[0].result.parts:
             out[f"reward/{name}"] = sum(row.result.parts[name] for row in self.rows) / len(self.rows)
         return out
@@ -139,15 +175,50 @@ class Sampler:
         self.leads = mesh.rank % cfg.rollout.tensor_parallel_size == 0
         self.rewards = RewardWorkers(cfg.reward) if self.leads else None
 
-    def rollout(self, prompts: list[Prompt], step: int) -> Rollout:
-        """Sample and score the step's prompts. Raises EmptyStepError if no group could be scored whole."""
+    def rollout(self, draw: Draw, step: int) -> Rollout:
+        """Sample and score a step's prompts. Raises EmptyStepError if no group could be scored whole.
+
+        With ``rollout.dynamic_sampling`` only groups of different rewards count, and more prompts are drawn, a step's
+        number at a time, until there are as many of them as a step has prompts; or fewer, after
+        ``dynamic_sampling_max_gen_batches`` draws.
+        """
         r = self.cfg.rollout
-        sampling = Sampling(
+        wanted, parts, mixed = r.num_prompts_per_step, [], 0
+        for attempt in range(r.dynamic_sampling_max_gen_batches if r.dynamic_sampling else 1):
+            part = self._sample(draw(wanted), self._training(), seed=self._seed(step, attempt))
+            parts.append(part.mixed() if r.dynamic_sampling else part)
+            mixed += len(parts[-1].prompts)
+            if mixed >= wanted:
+                break
+        self.engine.sleep()
+        rollout = Rollout.joined(parts) if r.dynamic_sampling else parts[0]
+        if not rollout.rows:
+            text = (
+                f"the samples of every one of {wanted * len(parts)} prompts have equal rewards; nothing can be learnt"
+            )
+            raise EmptyStepError(f"{text} (rollout.dynamic_sampling): are the prompts far too hard, or far too easy?")
+        return rollout.only(set(rollout.prompts[:wanted])) if r.dynamic_sampling else rollout
+
+    def rollout_with_greedy(self, draw: Draw, step: int) -> tuple[Rollout, dict[int, float]]:
+        """As `rollout`, once, and the reward of the greedy response to each of its prompts, by the prompt's number.
+        Where that one could not be scored, the prompt's group is left out."""
+        r = self.cfg.rollout
+        prompts = draw(r.num_prompts_per_step)
+        once = Sampling(1, r.max_response_length, 0.0, stop_token_ids=r.stop_token_ids)
+        greedy = self._sample(prompts, once, seed=self._seed(step))
+        rollout = self._sample(prompts, self._training(), seed=self._seed(step))
+        self.engine.sleep()
+        rewards = {row.prompt: row.result.total for row in greedy.rows}
+        kept = rollout.only(rewards)
+        if not kept.rows:
+            raise EmptyStepError("no prompt of this step has both its samples and its greedy response scored")
+        return replace(kept, errors=greedy.errors + kept.errors), rewards
+
+    def _training(self) -> Sampling:
+        r = self.cfg.rollout
+        return Sampling(
             r.num_generations_per_prompt, r.max_response_length, r.temperature, r.top_p, r.top_k, r.stop_token_ids
         )
-        rollout = self._sample(prompts, sampling, seed=self._seed(step))
-        self.engine.sleep()
-        return rollout
 
     def validate(self, prompts: Sequence[Prompt]) -> tuple[dict[str, float], list[str]]:
         """Sample held-out prompts.
@@ -183,9 +254,9 @@ class Sampler:
             self.rewards.close()
         self.engine.close()
 
-    def _seed(self, step: int) -> int:
-        """One seed a step and engine, in 63 bits: distinct for every (run.seed, step, replica) that occurs."""
-        return ((self.cfg.run.seed * 1_000_003 + step) * 10_007 + self.engine.replica) % 2**63
+    def _seed(self, step: int, attempt: int = 0) -> int:
+        """One seed a step, draw and engine, in 63 bits: distinct for all that occur in a run."""
+        return ((self.cfg.run.seed * 1_000_003 + step) * 10_007 + self.engine.replica + attempt * 2**50) % 2**63
 
     def _sample(self, prompts: list[Prompt], sampling: Sampling, seed: int) -> Rollout:
         share = range(self.engine.replica, len(prompts), self.engine.num_replicas)

@@ -29,8 +29,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from megarl.model.family import read_spec
+from megarl.model.family import ModelSpec, read_spec
 from megarl.rollout import vllm_model
+from megarl.rollout.router_replay import Recorder, compact, replay_arguments
+from megarl.rollout.vllm_config import missing_cpu_kernel, missing_cpu_quantization, model_arguments
 from megarl.rollout.vllm_process import SharedProcess, leave_process_groups, set_environment
 
 if TYPE_CHECKING:
@@ -72,6 +74,9 @@ class Completion:
     tokens: list[int]  # [T], the EOS or stop token included
     logps: list[float]  # [T]
     finish_reason: str  # "stop" or "length"
+    # With rollout.router_replay, on the first rank of an engine: [prompt + T - 1, layers with experts, top-k], the
+    # experts that every position was sent to (`megarl.rollout.router_replay`).
+    routed_experts: torch.Tensor | None = field(default=None, compare=False)
 
 
 class VLLMEngine:
@@ -110,11 +115,12 @@ class VLLMEngine:
             )
         self.replica = rank // tp
         self.num_replicas = world // tp
-        if rollout.quantization and self._on_cpu:
-            raise RolloutError(
-                f"rollout.quantization={rollout.quantization}: vLLM has no kernel for it on CPUs; remove it"
-            )
-        self._expected_names = _weight_names(Path(model_path))
+        self._spec = _spec(Path(model_path))
+        if self._on_cpu and (problem := missing_cpu_quantization(self._spec, rollout.quantization)):
+            raise RolloutError(problem)
+        if rollout.router_replay and self._spec.moe is None:
+            raise RolloutError(f"rollout.router_replay: {model_path} has no experts")
+        self._expected_names = frozenset(name for tensor in self._spec.tensors() for name in tensor.hf_shapes())
         set_environment(device_type)
         self._process = SharedProcess(device_type)
         with self._process.vllm(), self._process.starting():
@@ -141,9 +147,14 @@ class VLLMEngine:
             client: Any = self._engine.engine_core
             client._finalizer.detach()
             [self._tied] = self._engine.apply_model(vllm_model.head_is_tied)
+            if rollout.router_replay:
+                self._record_routes(first_rank=rank % tp == 0)
 
     def _arguments(self, model_path: str, rollout: RolloutConfig, dtype: str) -> dict[str, Any]:
-        arguments: dict[str, Any] = {
+        arguments = model_arguments(self._spec, on_cpu=self._on_cpu)
+        if rollout.router_replay:
+            arguments |= replay_arguments(on_cpu=self._on_cpu)
+        arguments |= {
             "model": model_path,
             "skip_tokenizer_init": True,  # token in, token out; also saves start-up time
             "dtype": _DTYPES[dtype],
@@ -164,6 +175,15 @@ class VLLMEngine:
             "enable_sleep_mode": True,
         }
 
+    def _record_routes(self, first_rank: bool) -> None:
+        client: Any = self._engine.engine_core
+        core = client.engine_core
+        if not first_rank:  # vLLM's scheduler would wait for routes that the model runner of another rank has
+            core.scheduler.aux_output_connector = None
+        elif self._on_cpu:
+            runner = core.model_executor.driver_worker.worker.model_runner
+            core.scheduler.aux_output_connector = Recorder(runner.get_model(), runner)
+
     # --- generate -----------------------------------------------------------------------------------------------------
 
     def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[list[Completion]]:
@@ -179,7 +199,7 @@ class VLLMEngine:
             outputs = self._run(prompts, _sampling_params(sampling))
         # vLLM refuses n > 1 at temperature 0, where all n are equal anyway.
         copies = sampling.n if sampling.temperature == 0 else 1
-        return [_completions(outputs[index]) * copies for index in range(len(prompts))]
+        return [_completions(outputs[index], self._spec) * copies for index in range(len(prompts))]
 
     def _run(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> dict[int, RequestOutput]:
         from vllm import RequestOutput, TokensPrompt
@@ -351,16 +371,9 @@ def _checked_config(args: EngineArgs) -> Any:
     from vllm.platforms import current_platform
 
     config = args.create_engine_config()
-    model = config.model_config
-    if current_platform.is_cpu() and not model.use_mla:
-        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-
-        sizes = CPUAttentionBackend.get_supported_head_sizes()
-        if model.get_head_size() not in sizes:
-            raise RolloutError(
-                f"{model.model} has attention heads of size {model.get_head_size()} (head_dim, or hidden_size /"
-                f" num_attention_heads); vLLM's CPU attention knows {sizes}"
-            )
+    problem = missing_cpu_kernel(config) if current_platform.is_cpu() else None
+    if problem:
+        raise RolloutError(problem)
     return config
 
 
@@ -382,7 +395,7 @@ def _sampling_params(sampling: Sampling) -> SamplingParams:
     )
 
 
-def _completions(output: RequestOutput) -> list[Completion]:
+def _completions(output: RequestOutput, spec: ModelSpec) -> list[Completion]:
     from vllm.logprobs import FlatLogprobs
 
     completions = []
@@ -394,16 +407,16 @@ def _completions(output: RequestOutput) -> list[Completion]:
                 f"vLLM ended prompt {output.request_id}, sample {sample.index} with {sample.finish_reason!r},"
                 f" {len(tokens)} tokens and {len(logps)} log-probs"
             )
-        completions.append(Completion(tokens, logps, sample.finish_reason))
+        routed = None if sample.routed_experts is None else compact(sample.routed_experts, spec)
+        completions.append(Completion(tokens, logps, sample.finish_reason, routed))
     return completions
 
 
-def _weight_names(path: Path) -> frozenset[str]:
-    """Hugging Face names of the weights that vLLM's model has, which every load has to bring."""
+def _spec(path: Path) -> ModelSpec:
+    """The model as vLLM has it. Every load has to bring all of its weights."""
     if not any(path.glob("*.safetensors")):
         raise RolloutError(f"{path} holds no *.safetensors file; give a Hugging Face model directory as model.path")
-    spec = read_spec(path).without_mtp()  # vLLM leaves out multi-token-prediction layers too
-    return frozenset(name for tensor in spec.tensors() for name in tensor.hf_shapes())
+    return read_spec(path).without_mtp()  # vLLM leaves out multi-token-prediction layers too
 
 
 def _some(names: Iterable[str], most: int = 5) -> str:

@@ -6,7 +6,6 @@ vLLM samples with the second's probabilities. `greedy <model>` exports one inste
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -32,6 +31,21 @@ SAMPLING = Sampling(n=4, max_tokens=12)
 
 # Sizes that vLLM's CPU kernels have: heads of 32; latent attention of 512 + 64.
 HEADS = {"num_hidden_layers": 2, "head_dim": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+LATENT = {
+    "num_hidden_layers": 3,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 64,
+    "v_head_dim": 64,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 32,
+    "beta_slow": 1,
+}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}),
     "qwen2-tied": (
@@ -44,14 +58,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "seed_oss": ("seed_oss", HEADS),
     "qwen3_moe": ("qwen3_moe", HEADS | {"num_hidden_layers": 3}),
     "mixtral": ("mixtral", HEADS),
-    "deepseek_v3": (
-        "deepseek_v3",
-        {"num_hidden_layers": 3, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64},
-    ),
-    "deepseek_v2": (
+    "deepseek_v2": ("deepseek_v2", LATENT | {"rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}}),
+    "deepseek_v2-groups": (
         "deepseek_v2",
-        {"num_hidden_layers": 3, "kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 64, "v_head_dim": 64},
+        LATENT | {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 3, "num_experts_per_tok": 3},
     ),
+    "deepseek_v3": ("deepseek_v3", LATENT),
+    "deepseek_v3-yarn": ("deepseek_v3", LATENT | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}),
     "gpt_oss": ("gpt_oss", HEADS | {"head_dim": 64}),
 }
 
@@ -74,6 +87,7 @@ CASES = {
     "qwen3_moe EP2 to TP1": Case("qwen3_moe", EP2, 1),
     "qwen3_moe EP2 to TP2": Case("qwen3_moe", EP2, 2),
     "mixtral EP2 to TP2": Case("mixtral", EP2, 2),
+    "deepseek_v2 EP2 to TP1": Case("deepseek_v2", EP2, 1),
     "deepseek_v3 EP2 to TP1": Case("deepseek_v3", EP2, 1),
     "deepseek_v3 EP2 to TP2": Case("deepseek_v3", EP2, 2),
     "gpt_oss EP2 to TP1": Case("gpt_oss", EP2, 1),
@@ -95,9 +109,6 @@ def random_model(name: str, path: Path, seed: int) -> Path:
             elif tensor.dim() == 1 and not key.endswith("inv_freq"):
                 tensor.uniform_(0.5, 1.5)
     model.save_pretrained(path)
-    if family == "deepseek_v3":
-        config_path = path / "config.json"
-        config_path.write_text(json.dumps(json.loads(config_path.read_text()) | {"topk_method": "noaux_tc"}))
     return path
 
 

@@ -16,9 +16,26 @@ PUSHES = [
     "qwen3_moe EP2 to TP1",
     "qwen3_moe EP2 to TP2",
     "mixtral EP2 to TP2",
+    "deepseek_v2 EP2 to TP1",
+    "deepseek_v3 EP2 to TP1",
+    "deepseek_v3 EP2 to TP2",
     "gpt_oss EP2 to TP1",
 ]
-SERVED = ["llama", "mistral", "qwen2", "qwen2-tied", "qwen3", "seed_oss", "qwen3_moe", "mixtral", "gpt_oss"]
+SERVED = [
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen2-tied",
+    "qwen3",
+    "seed_oss",
+    "qwen3_moe",
+    "mixtral",
+    "deepseek_v2",
+    "deepseek_v2-groups",
+    "deepseek_v3",
+    "deepseek_v3-yarn",
+    "gpt_oss",
+]
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,8 +24,8 @@ PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5], [3], list(range(40, 57)), [77, 78]]
 SAMPLING = Sampling(n=4, max_tokens=12)
 
 
-def make(model_dir: Path, tp: int) -> VLLMEngine:
-    rollout = RolloutConfig(tensor_parallel_size=tp, kv_cache_gb=0.02, max_num_seqs=8)
+def make(model_dir: Path, tp: int, **settings: Any) -> VLLMEngine:
+    rollout = RolloutConfig(tensor_parallel_size=tp, kv_cache_gb=0.02, max_num_seqs=8, **settings)
     return VLLMEngine(str(model_dir), rollout, dtype="fp32", device_type="cpu", max_model_len=64, seed=0)
 
 
@@ -93,9 +94,15 @@ def check_replicas(model_dir: Path, greedy: list[list[Completion]]) -> None:
 
 
 def check_experts(model_dir: Path) -> None:
-    """Mixture of experts: the same weights again must change nothing (vLLM itself packs experts once only)."""
-    engine = make(model_dir, tp=2)
+    """Mixture of experts: the same weights again must change nothing (vLLM itself packs experts once only). An
+    engine's first rank reports the experts chosen."""
+    engine = make(model_dir, tp=2, router_replay=True)
     groups = engine.generate(PROMPTS, SAMPLING, seed=0)
+    for prompt, group in zip(PROMPTS, groups, strict=True):
+        for sample in group:
+            positions = len(prompt) + len(sample.tokens) - 1
+            shape = None if sample.routed_experts is None else list(sample.routed_experts.shape)
+            assert shape == ([positions, 2, 2] if dist.get_rank() % 2 == 0 else None), shape
     check_logps(model_dir, groups)
     engine.load_weights(sent_by_rank_0(model_dir))
     assert engine.generate(PROMPTS, SAMPLING, seed=0) == groups, "reloading the same experts changed log-probs"
