@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 RECIPE_HELP = "YAML file that says how the run differs from the defaults"
 # A rank that is told to stop says within seconds what it was waiting for; a frozen one is not worth waiting for.
 SHUTDOWN = "--shutdown-timeout=15"
+# It passes these on, and waits so long for ranks that save: also SIGUSR1, which its own default would die of.
+SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 CONVERT_HELP = "checkpoints between Hugging Face and Megatron: convert, compare, describe"
 OVERRIDE_HELP = "settings over the recipe's, such as rollout.temperature=0.8"
 
@@ -48,6 +50,11 @@ def _parser() -> argparse.ArgumentParser:
     config_parser.add_argument(
         "--elsewhere", action="store_true", help="leave out what needs this machine: model and data files, CUDA"
     )
+    _add_submit(add("submit", submit, "check a recipe, and queue it as a Slurm job that goes on until it is done"))
+    resume_parser = add("verify-resume", verify_resume, "prove that a recipe, with a tiny model, resumes bit for bit")
+    resume_parser.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
+    resume_parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=OVERRIDE_HELP)
+    resume_parser.add_argument("--steps", type=int, default=4, help="steps of each run; the stop is half-way")
     add("doctor", doctor, "say what is installed, what its absence switches off, and whether training can run")
     report_parser = add("report", report, "summarise a run's metrics.jsonl and draw its reward curve")
     convert_parser = commands.add_parser("convert", help=CONVERT_HELP, description=CONVERT_HELP)
@@ -75,9 +82,67 @@ def train(args: argparse.Namespace) -> int:
     if not launched:
         # It also keeps the process id: a rank with another parent knows that torchrun died before it could ask.
         os.environ["MEGARL_LAUNCHER"] = str(os.getpid())
+        os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", SIGNALS)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, command)
+
+
+def _add_submit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=OVERRIDE_HELP)
+    parser.add_argument("--nodes", type=int, help="number of nodes; the recipe's cluster.num_nodes without it")
+    parser.add_argument("--time", help="time limit of each start, such as 4:00:00")
+    parser.add_argument("--partition")
+    parser.add_argument("--account")
+    parser.add_argument("--exclude", help="nodes not to use")
+    parser.add_argument("--grace", type=int, default=300, help="seconds before the limit at which ranks begin to save")
+    parser.add_argument("--chain", type=int, default=1, help="queue it so many times in a row, where requeue is off")
+    parser.add_argument("--sweep", action="append", default=[], metavar="KEY=V1,V2", help="an array of runs")
+    parser.add_argument(
+        "--sbatch", action="append", default=[], metavar="OPTION", help="an option of sbatch's, as --sbatch=--qos=high"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the script, and queue nothing")
+
+
+def submit(args: argparse.Namespace) -> int:
+    """Print or queue the job of a recipe."""
+    from megarl.submit import Job, SubmitError, script
+    from megarl.submit import submit as queue
+
+    own = [*args.overrides, *([f"cluster.num_nodes={args.nodes}"] if args.nodes else [])]
+    cfg = _load(argparse.Namespace(recipe=args.recipe, overrides=own), check_model=False)
+    if cfg is None:
+        return 2
+    job = Job(
+        nodes=cfg.cluster.num_nodes,
+        time=args.time,
+        partition=args.partition,
+        account=args.account,
+        exclude=args.exclude,
+        grace=args.grace,
+        chain=args.chain,
+        sweep=tuple(args.sweep),
+        sbatch=tuple(args.sbatch),
+    )
+    recipe = str(Path(args.recipe).resolve())
+    try:
+        if args.dry_run:
+            print(script(cfg, job, recipe, args.overrides), end="")
+        else:
+            print(queue(cfg, job, recipe, args.overrides))
+    except SubmitError as error:
+        print(f"megarl submit: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def verify_resume(args: argparse.Namespace) -> int:
+    """Run the recipe's shrunk twin straight, and with a stop half-way, and compare every number."""
+    from megarl.checkpoint.verify import verify
+
+    cfg = _load(args)
+    return 2 if cfg is None else verify(cfg, args.recipe, args.overrides, args.steps)
 
 
 def config(args: argparse.Namespace) -> int:
@@ -144,7 +209,8 @@ def rank_arguments(recipe: str, overrides: Sequence[str]) -> list[str]:
 def torchrun_arguments(cfg: "Config", ranks: list[str]) -> list[str]:
     """What Python is called with to start all ranks of one machine."""
     # --standalone picks a free port; the local address spares machines whose own name does not resolve.
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", SHUTDOWN]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
+    launcher.append(f"--shutdown-timeout={cfg.run.stop_grace_s:.0f}")
     return [*launcher, f"--nproc-per-node={cfg.cluster.gpus_per_node}", *ranks]
 
 

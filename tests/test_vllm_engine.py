@@ -4,7 +4,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -227,6 +227,11 @@ def test_bad_sampling_is_refused(wrong: dict[str, float]) -> None:
 def test_head_size_without_a_kernel_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RolloutError, match=r"heads of size 16 .* knows \[32, 64"):
         make(tiny_models.qwen2(tmp_path, seed=0, heads=4))
+
+
+def test_latent_size_without_a_kernel_is_refused(tiny_hf: Callable[..., Path]) -> None:
+    with pytest.raises(RolloutError, match=r"a latent of size 40 .* knows \[576\]"):
+        make(tiny_hf("deepseek_v3"))
 
 
 def test_directory_without_weights_is_refused(tmp_path: Path) -> None:

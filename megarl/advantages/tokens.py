@@ -20,7 +20,9 @@ Reduce = Callable[[Tensor], Tensor]
 
 
 def pad(parts: Sequence[Tensor]) -> Tensor:
-    """One [response] tensor a sample -> [N, L], zeros behind (False of a mask)."""
+    """One [response] tensor a sample -> [N, L], zeros behind (False of a mask); [0, 0] without any."""
+    if not parts:
+        return torch.zeros(0, 0)
     return pad_sequence(list(parts), batch_first=True) if parts else torch.zeros(0, 0)
 
 
@@ -112,6 +114,11 @@ def reinforce_pp_baseline(
     return whiten((centred[:, None] * mask).float(), mask, bessel=bessel, reduce=reduce)
 
 
+def process_means(process_rewards: Tensor, mask: Tensor) -> Tensor:
+    """[N] rbar of `prime`; NaN of a response without tokens."""
+    return torch.where(mask, process_rewards, 0).double().sum(1) / mask.sum(1)
+
+
 def prime(
     process_rewards: Tensor,
     outcomes: Tensor,
@@ -121,6 +128,8 @@ def prime(
     gamma: float = 1.0,
     process_coef: float = 1.0,
     outcome_coef: float = 1.0,
+    here: Tensor | None = None,
+    means: Tensor | None = None,
 ) -> Tensor:
     """[N, L]: sum over s >= t of gamma^(s - t) (r_s - mean of the others' rbar), plus o - mean of the others' o (PRIME,
     2502.01456, section 3; rbar is the mean process reward of a response).
@@ -132,13 +141,17 @@ def prime(
     Args:
         process_rewards: r_t = beta log(pi / pi_ref) of the implicit process reward model.
         outcomes: [N] o.
+        here, means: where only n of the N samples' tokens are here, their numbers [n] (tokens are then [n, L], and so
+            is the result) and `process_means` [N] of all. None: all are here.
     """
     grouping = Grouping.of(groups)
     rewards, outcomes = torch.where(mask, process_rewards, 0).double(), outcomes.double()
-    baseline, compared = grouping.others(rewards.sum(1) / mask.sum(1).clamp(min=1), mask.any(1))
+    if here is None or means is None:
+        here, means = torch.arange(len(mask)), process_means(process_rewards, mask)
+    baseline, compared = (x[here] for x in grouping.others(means.nan_to_num(), ~means.isnan()))
     process = reward_to_go(torch.where(compared[:, None], rewards - baseline[:, None], 0), mask, gamma)
     outcome = torch.where(grouping.constant(outcomes)[grouping.member], 0, grouping.leave_one_out(outcomes))
-    advantages = process_coef * process + outcome_coef * outcome[:, None]
+    advantages = process_coef * process + outcome_coef * outcome[here, None]
     return torch.where(mask, advantages, 0).to(process_rewards.dtype)
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from megarl import advantages
-from megarl.config import AdvantageConfig, Config
+from megarl.config import AdvantageConfig, Config, RewardConfig
 from megarl.data.records import Sample
-from megarl.parallel.collectives import gather_objects
+from megarl.parallel.collectives import gather_objects, summed_over
 from megarl.parallel.mesh import Mesh
 from megarl.rollout.sampler import Rollout
 
@@ -54,13 +54,7 @@ class Step:
         """[N]: the scores, less the KL penalty of whole responses."""
         if self.kl is None:
             return self.scores
-        mine = advantages.sequence_rewards(self.my_scores, self.kl, self.mask, self.kl_coef)
-        out = torch.empty_like(self.scores)
-        pairs = [(sample.row, reward) for sample, reward in zip(self.samples, mine.tolist(), strict=True)]
-        for part in gather_objects(pairs, self.mesh.dp_group):
-            for row, reward in part:
-                out[row] = reward
-        return out
+        return self.everywhere(advantages.sequence_rewards(self.my_scores, self.kl, self.mask, self.kl_coef))
 
     @property
     def token_rewards(self) -> Tensor:
@@ -71,9 +65,18 @@ class Step:
         """[N] -> [n]."""
         return x[[sample.row for sample in self.samples]]
 
+    def everywhere(self, mine: Tensor) -> Tensor:
+        """[n] -> [N]: what each replica knows of its samples, on all of them."""
+        out = mine.new_zeros(self.scores.shape)
+        known = [(sample.row, x) for sample, x in zip(self.samples, mine.tolist(), strict=True)]
+        for part in gather_objects(known, self.mesh.dp_group):
+            for row, x in part:
+                out[row] = x
+        return out
+
     def reduce(self, part: Tensor) -> Tensor:
         """The sum over replicas."""
-        return torch.stack(gather_objects(part, self.mesh.dp_group)).sum(0)
+        return summed_over(self.mesh.dp_group)(part)
 
     def whiten(self, x: Tensor) -> Tensor:
         """[n, L], over all tokens of the step."""
@@ -120,14 +123,23 @@ ESTIMATORS: dict[str, Callable[[Step], Tensor]] = {
 }
 
 
+def scores_of(cfg: RewardConfig, rollout: Rollout) -> Tensor:
+    """[N] the step's rewards, less the configured penalties: for responses that come near the limit, that reached it,
+    and for every token."""
+    scores = rollout.rewards
+    lengths = torch.tensor([row.response_length for row in rollout.rows])
+    if cfg.overlong_buffer_len:
+        penalty = advantages.soft_overlong_penalty(lengths, rollout.max_response_length, cfg.overlong_buffer_len)
+        scores = scores + cfg.overlong_buffer_penalty * penalty
+    finished = torch.tensor([row.finish_reason != "length" for row in rollout.rows])
+    scores = advantages.missing_eos_penalty(scores, finished, cfg.missing_eos_penalty)
+    return scores - cfg.length_penalty * lengths
+
+
 def step_of(cfg: Config, rollout: Rollout, samples: Sequence[Sample], mesh: Mesh, kl_coef: float = 0.0) -> Step:
-    """The step's rewards as configured: with a penalty for responses that come near the limit, and without those that
-    reached it."""
-    scores, longest = rollout.rewards, cfg.rollout.max_response_length
-    if cfg.reward.overlong_buffer_len:
-        lengths = torch.tensor([row.response_length for row in rollout.rows])
-        penalty = advantages.soft_overlong_penalty(lengths, longest, cfg.reward.overlong_buffer_len)
-        scores = scores + cfg.reward.overlong_buffer_penalty * penalty
+    """The step as an estimator sees it; with ``reward.overlong_filtering`` responses that reached the limit are masked.
+    """
+    scores = scores_of(cfg.reward, rollout)
     if cfg.reward.overlong_filtering:
         for sample in samples:
             if rollout.rows[sample.row].finish_reason == "length":

@@ -322,8 +322,8 @@ class Checkpoints:
             )
             disk.publish(saving.folder, manifest)
             self._prune(manifest)
-        except OSError as reason:
-            return f"rank 0: {reason}"
+        except Exception as reason:  # the other ranks wait to hear of it
+            return f"rank 0: {type(reason).__name__}: {reason}"
         return None
 
     def _prune(self, newest: Manifest) -> None:

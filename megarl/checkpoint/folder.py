@@ -1,10 +1,10 @@
-"""Training checkpoints on the disk: whole or absent, every file with its hash, and the newest that verifies is taken.
+"""Training checkpoints on the disk: whole or absent, every file with its hash, the newest that verifies is taken.
 
-``<run>/checkpoints/iter_0000010`` is the checkpoint after step 10, as Megatron names it; ``latest_checkpointed_iteration
-.txt`` beside it holds the newest step. A checkpoint is written in ``iter_0000010.incomplete``; when all of its files are
-on the disk, so is a manifest with their sizes and hashes (XXH3 of 128 bits); then the folder gets its name by one
-rename, and the pointer is replaced by another. A process killed at any moment leaves the checkpoint before, or this one,
-and `leftovers`, which the next run removes. Only rank 0 calls what changes names here.
+``<run>/checkpoints/iter_0000010`` is the checkpoint after step 10, as Megatron names it; beside it the file `POINTER`
+holds the newest step. A checkpoint is written in ``iter_0000010.incomplete``; when all of its files are on the disk, so
+is a manifest with their sizes and hashes (XXH3 of 128 bits); then the folder gets its name by one rename, and the
+pointer is replaced by another. A process killed at any moment leaves the checkpoint before, or this one, and
+`leftovers`, which the next run removes. Only rank 0 calls what changes names here.
 
 Nothing here knows torch or megatron. Errors are OSError, with the path; `Broken` is a checkpoint that does not verify.
 """
@@ -63,7 +63,7 @@ class Manifest:
     def as_json(self) -> str:
         """Text with a hash of itself, so that damage to the manifest is found too."""
         said = dataclasses.asdict(self)
-        return json.dumps(said | {"xxh3_128": _hash_of(said)}, indent=1) + "\n"
+        return json.dumps(said | {"xxh3_128": _hash_of(said)}, indent=1)
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -83,7 +83,7 @@ class Manifest:
 
 
 def _hash_of(said: dict[str, Any]) -> str:
-    return str(xxhash.xxh3_128_hexdigest(json.dumps(said, sort_keys=True)))
+    return str(xxhash.xxh3_128_hexdigest(json.dumps(said, sort_keys=True).encode()))
 
 
 # ---- names -----------------------------------------------------------------------------------------------------------
@@ -135,7 +135,7 @@ def begin(root: Path, step: int) -> Path:
 
 
 class HashedFile:
-    """A binary file that is only appended to, hashed on the way. ``entry()`` after `close`, which waits for the disk."""
+    """A binary file that is only appended to, hashed on the way. `close` waits for the disk; then `entry`."""
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb", buffering=0)

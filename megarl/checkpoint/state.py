@@ -4,8 +4,9 @@ Sharded state. Every parameter goes under megatron-core's own key, and its optim
 ``optimizer.state.{exp_avg,exp_avg_sq,fp32_param}.<key>`` with the shape of the whole parameter. A rank of the
 distributed optimizer owns a flat range of a parameter; here the range becomes at most three rectangles for a matrix
 (part of a row, whole rows, part of a row), which lie where the optimizer keeps them: saving gathers and reshapes
-nothing, loading writes in place, and any other layout finds the elements by their place in the parameter. ``fp32_param``
-is there only where the model itself is not fp32. Keys of another engine than the policy begin with its name.
+nothing, loading writes in place, and any other layout finds the elements by their place in the parameter.
+``fp32_param`` is there only where the model itself is not fp32. Keys of another engine than the policy begin with its
+name.
 
 Trees. `split` turns nested dicts and lists into JSON and named tensors, `join` turns them back: nothing is pickled.
 """

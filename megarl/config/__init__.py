@@ -18,13 +18,21 @@ from typing import Literal
 
 from omegaconf import OmegaConf
 
-from megarl.config.algorithm import AdvantageConfig, CriticConfig, LossConfig, PreferenceConfig, TrainConfig
+from megarl.config.algorithm import (
+    AdvantageConfig,
+    CriticConfig,
+    LossConfig,
+    PreferenceConfig,
+    PrimeConfig,
+    TeacherConfig,
+    TrainConfig,
+)
 from megarl.config.checks import check
 from megarl.config.data import DataConfig
 from megarl.config.job import CheckpointConfig, ClusterConfig, GuardConfig, LoggerConfig, RunConfig
 from megarl.config.model import ModelConfig, OptimizerConfig, ParallelConfig
 from megarl.config.reader import ConfigError, read
-from megarl.config.rollout import RewardConfig, RewardFunction, RolloutConfig, ValidationConfig, WeightSyncConfig
+from megarl.config.rollout import ResponseLengthConfig, RewardConfig, RewardFunction, RolloutConfig, ValidationConfig, WeightSyncConfig
 
 __all__ = [
     "AdvantageConfig",
@@ -41,6 +49,9 @@ __all__ = [
     "OptimizerConfig",
     "ParallelConfig",
     "PreferenceConfig",
+    "PrimeConfig",
+    "TeacherConfig",
+    "ResponseLengthConfig",
     "RewardConfig",
     "RewardFunction",
     "RolloutConfig",
@@ -57,7 +68,18 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Config:
-    algorithm: Literal["sft", "preference", "unpaired", "grpo", "ppo", "remax"] = "grpo"
+    algorithm: Literal[
+        "sft",
+        "preference",
+        "unpaired",
+        "reward_model",
+        "grpo",
+        "ppo",
+        "remax",
+        "prime",
+        "online_dpo",
+        "distillation",
+    ] = "grpo"
     """Which loop of megarl/algorithms runs."""
     run: RunConfig = field(default_factory=RunConfig)
     """Name, length and seed of the run."""
@@ -83,6 +105,10 @@ class Config:
     """The policy loss."""
     critic: CriticConfig = field(default_factory=CriticConfig)
     """The critic of ppo."""
+    prime: PrimeConfig = field(default_factory=PrimeConfig)
+    """The implicit process reward model of prime."""
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    """The teacher of distillation."""
     preference: PreferenceConfig = field(default_factory=PreferenceConfig)
     """The loss of preference data."""
     validation: ValidationConfig = field(default_factory=ValidationConfig)

@@ -6,17 +6,19 @@ from typing import Literal
 from megarl.config.model import OptimizerConfig
 
 # Those whose data is what the policy samples.
-ON_POLICY = ("grpo", "ppo", "remax")
+ON_POLICY = ("grpo", "ppo", "remax", "prime", "online_dpo", "distillation")
+# Those that learn from pairs in data.
+PAIRED = ("preference", "reward_model")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     train_global_batch_size: int = 512
-    """Sequences in an optimizer update, over the whole job; pairs, where algorithm is preference."""
+    """Sequences in an optimizer update of the whole job; pairs, for preference, reward_model and online_dpo."""
     train_mb_tokens: int = 8192
-    """Tokens in a packed microbatch of a rank while training; the longest sequence must fit."""
+    """Tokens of a rank in a packed microbatch while training; a context-parallel group holds the longest sequence."""
     logprob_mb_tokens: int = 16384
-    """Tokens in a packed microbatch of a rank while computing log-probs only."""
+    """Tokens of a rank in a packed microbatch while computing log-probs only."""
     ppo_epochs: int = 1
     """Passes over each step's samples."""
 
@@ -38,7 +40,7 @@ class AdvantageConfig:
     gae_lambda: float = 0.95
     """Lambda of the generalised advantage estimation of ppo."""
     normalize_advantages: bool = True
-    """Whiten the advantages of ppo over all tokens of a step."""
+    """Whiten the advantages of ppo and prime over all tokens of a step."""
     kl_coef: float = 0.0
     """Weight of the KL divergence from the reference model in the rewards; 0 leaves it out."""
     kl_target: float | None = None
@@ -94,6 +96,26 @@ class CriticConfig:
 
 
 @dataclass(frozen=True)
+class PrimeConfig:
+    path: str | None = None
+    """Hugging Face directory that the implicit process reward model starts from; null means `model.path`."""
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(lr=1e-6))
+    """AdamW of that model."""
+    beta: float = 0.05
+    """Factor of its log-probability ratio to where it started: the reward of a token."""
+    process_coef: float = 1.0
+    """Weight of the process rewards' part of the advantage."""
+    outcome_coef: float = 1.0
+    """Weight of the outcome's part of the advantage."""
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    path: str | None = None
+    """Hugging Face directory of the teacher of distillation, of any size, with the policy's tokenizer."""
+
+
+@dataclass(frozen=True)
 class PreferenceConfig:
     loss: Literal[
         "dpo",
@@ -133,6 +155,16 @@ class PreferenceConfig:
     kto_undesirable_weight: float = 1.0
     """Weight of kto's undesirable examples."""
     bco_shift: Literal["classes", "examples", "none"] = "classes"
-    """What rewards are compared with in bco: half the classes' means added, the mean of all, or nothing."""
+    """What rewards are compared with in bco and bco_pair: half the classes' means added, the mean of all, or nothing."""
+    bco_density_ratio: bool = False
+    """Weigh bco's undesirable responses so that their prompts count as those of desirable ones do."""
+    ties: Literal["first", "drop"] = "first"
+    """Pairs of equal rewards in online_dpo: take the first response for the chosen one, or leave the pair out."""
+    precompute_ref_log_probs: bool = False
+    """Compute the reference's log-probs of all pairs or examples once, at the start; no reference is kept then."""
+    ref_log_probs_path: str | None = None
+    """File of such log-probs: read if it is there, else written; null keeps them in memory alone."""
     center_rewards_coef: float = 0.0
     """Reward models: weight of the square of both rewards added, which holds their mean at 0."""
+    margin_from_scores: bool = False
+    """Reward models: the gap of the scores in the data is the least that the rewards should differ by."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from megarl.config.algorithm import ON_POLICY
 from megarl.config.machine import check_machine
 from megarl.config.sizes import (
+    CP,
     EP,
     ETP,
     FIRST,
@@ -71,17 +72,23 @@ def _launch(cfg: "Config", launched: int | None) -> Problems:
 def _layout(cfg: "Config") -> Problems:
     """Ranks over tensor, pipeline and data parallelism."""
     world, batch = job_size(cfg), cfg.train.train_global_batch_size
-    tp, pp = cfg.parallel.tensor_model_parallel_size, cfg.parallel.pipeline_model_parallel_size
-    if rest := remainder(world, tp * pp):
-        text = f"{world} ranks cannot be divided by {TP} {tp} x {PP} {pp} = {tp * pp}: {world} % {tp * pp} = {rest}"
-        yield Problem(text, (*WORLD, TP, PP))
+    tp, pp, cp = (
+        cfg.parallel.tensor_model_parallel_size,
+        cfg.parallel.pipeline_model_parallel_size,
+        cfg.parallel.context_parallel_size,
+    )
+    model = tp * pp * cp
+    words = f"{TP} {tp} x {PP} {pp}" + (f" x {CP} {cp}" if cp > 1 else "")
+    if rest := remainder(world, model):
+        text = f"{world} ranks cannot be divided by {words} = {model}: {world} % {model} = {rest}"
+        yield Problem(text, (*WORLD, TP, PP, CP))
     else:
         yield from _expert_layout(cfg)
-    if not rest and batch < (replicas := world // max(1, tp * pp)):
+    if not rest and batch < (replicas := world // max(1, model)):
         yield Problem(
             f"train.train_global_batch_size = {batch} sequences are too few for {replicas} data-parallel ranks: "
-            f"{world} ranks / ({TP} {tp} x {PP} {pp}) = {replicas}",
-            (*WORLD, TP, PP, "train.train_global_batch_size"),
+            f"{world} ranks / ({words}) = {replicas}",
+            (*WORLD, TP, PP, CP, "train.train_global_batch_size"),
         )
     if cfg.parallel.sequence_parallel and tp == 1:
         text = f"parallel.sequence_parallel divides activations over tensor-parallel ranks, but {TP} = 1"
@@ -163,14 +170,19 @@ def _compares_in_groups(cfg: "Config") -> bool:
 def _lengths(cfg: "Config") -> Problems:
     """The longest sequence has to fit vLLM's plan and every microbatch."""
     longest, words = longest_sequence(cfg)
-    limits = {
-        "rollout.max_model_len": cfg.rollout.max_model_len,
+    cp = cfg.parallel.context_parallel_size
+    if cfg.rollout.max_model_len is not None and cfg.rollout.max_model_len < longest:
+        path = "rollout.max_model_len"
+        text = f"{path} = {cfg.rollout.max_model_len} is less than the longest sequence: {words}"
+        yield Problem(text, (path, *LENGTHS))
+    for path, limit in {
         "train.train_mb_tokens": cfg.train.train_mb_tokens,
         "train.logprob_mb_tokens": cfg.train.logprob_mb_tokens,
-    }
-    for path, limit in limits.items():
-        if limit is not None and limit < longest:
-            yield Problem(f"{path} = {limit} is less than the longest sequence: {words}", (path, *LENGTHS))
+    }.items():
+        if limit * cp < longest:
+            times = f" x {CP} {cp} = {limit * cp}" if cp > 1 else ""
+            text = f"{path} = {limit}{times} is less than the longest sequence: {words}"
+            yield Problem(text, (path, CP, *LENGTHS))
 
 
 def _examples(cfg: "Config") -> Problems:

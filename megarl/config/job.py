@@ -19,7 +19,7 @@ class RunConfig:
     deadline_s: float = 1800.0
     """Longest time in seconds that a rank may stay in one phase or collective before it ends the job with an error."""
     stop_grace_s: float = 60.0
-    """Seconds that torchrun gives ranks to finish their step and save, once it is told to stop, before it kills them."""
+    """Seconds that torchrun, once told to stop, gives ranks to finish their step and save before it kills them."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,9 @@ class ClusterConfig:
     """Where to compute; auto takes CUDA when torch finds a GPU."""
 
 
+SAVE_CONTENTS: tuple[Literal["model", "optimizer", "hf"], ...] = ("model", "optimizer", "hf")
+
+
 @dataclass(frozen=True)
 class CheckpointConfig:
     save_period: int = 0
@@ -41,7 +44,7 @@ class CheckpointConfig:
     save_contents: list[Literal["model", "optimizer", "hf"]] = field(
         default_factory=lambda: ["model", "optimizer", "hf"]
     )
-    """What is saved: model and optimizer make a checkpoint to resume from, hf is a Hugging Face export of the policy."""
+    """What is saved: model and optimizer make a checkpoint to resume from, hf is an export of the policy."""
     async_save: bool = True
     """Let training go on while a checkpoint is written; it waits only for the copy to host memory."""
     keep_last: int = 2
@@ -55,11 +58,11 @@ class CheckpointConfig:
     higher_is_better: bool = True
     """Whether more of `metric_name` is better."""
     resume_mode: Literal["auto", "continue", "disable", "resume_path"] = "auto"
-    """auto goes on with an unfinished run of this name; continue also takes a finished one as done; resume_path names it."""
+    """auto goes on with an unfinished run of this name, continue also takes a finished one as done."""
     resume_from_path: str | None = None
     """Checkpoint folder (.../checkpoints/iter_0000100) that resume_mode=resume_path starts from."""
     checkpoint_must_save_by: str | None = None
-    """Time after the start, as DD:HH:MM:SS, by which a run that is not done has saved and stopped, to be queued again."""
+    """Time after the start, as DD:HH:MM:SS, by which a run that is not done has saved and stopped."""
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,8 @@ class ParallelConfig:
     """Ranks that share each layer's matrices."""
     pipeline_model_parallel_size: int = 1
     """Stages that the layers are divided into."""
+    context_parallel_size: int = 1
+    """Ranks that share the tokens of each sequence: for long ones."""
     sequence_parallel: bool = False
     """Divide activations outside the matrices over the tensor-parallel ranks too."""
     expert_model_parallel_size: int = 1

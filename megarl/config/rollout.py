@@ -7,6 +7,14 @@ from omegaconf import MISSING
 
 
 @dataclass(frozen=True)
+class ResponseLengthConfig:
+    first_step: int = MISSING
+    """Step, counted from 1, from which on this limit holds."""
+    max_response_length: int = MISSING
+    """Longest response in tokens."""
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     num_prompts_per_step: int = 64
     """Prompts sampled in a step, over the whole job."""
@@ -18,8 +26,14 @@ class RolloutConfig:
     """Train on groups of different rewards only, and sample further prompts until there are enough (DAPO)."""
     dynamic_sampling_max_gen_batches: int = 10
     """How often a step draws prompts for that at most."""
+    dynamic_sampling_min_reward: float | None = None
+    """Of those groups, leave out the ones with a lower mean reward: too hard (PRIME takes 0.2); null leaves out none."""
+    dynamic_sampling_max_reward: float | None = None
+    """Of those groups, leave out the ones with a higher mean reward: too easy (PRIME takes 0.8); null leaves out none."""
     max_response_length: int = 1024
     """Longest response in tokens."""
+    response_length_stages: list[ResponseLengthConfig] = field(default_factory=list)
+    """Shorter limits for the first steps, each longer than the last, up to `max_response_length` (DeepScaleR)."""
     temperature: float = 1.0
     """Sampling temperature; the policy's log-probs are taken at the same."""
     top_p: float = 1.0
@@ -72,6 +86,12 @@ class RewardConfig:
     """Last tokens up to `rollout.max_response_length` in which a response is penalised, linearly; 0 penalises none."""
     overlong_buffer_penalty: float = 1.0
     """That penalty at its largest, at the limit itself."""
+    missing_eos_penalty: float = 0.0
+    """What a response loses that reached the limit instead of ending by itself."""
+    length_penalty: float = 0.0
+    """What a response loses for each of its tokens."""
+    save_scores: bool = False
+    """Write every sample's prompt and reward to rewards.jsonl, which tools/select_prompts.py chooses prompts by."""
     overlong_filtering: bool = False
     """Leave responses that reached the limit out of the loss; they still count in their group's mean."""
     on_error: Literal["drop_group", "abort"] = "drop_group"

@@ -41,6 +41,7 @@ RANGES = {
     "model.recompute_num_layers": "[1, inf)",
     "parallel.tensor_model_parallel_size": "[1, inf)",
     "parallel.pipeline_model_parallel_size": "[1, inf)",
+    "parallel.context_parallel_size": "[1, inf)",
     "parallel.expert_model_parallel_size": "[1, inf)",
     "parallel.expert_tensor_parallel_size": "[1, inf)",
     "parallel.num_layers_in_first_pipeline_stage": "[1, inf)",
@@ -66,6 +67,13 @@ RANGES = {
     "rollout.num_generations_per_prompt": "[1, inf)",
     "rollout.tensor_parallel_size": "[1, inf)",
     "rollout.dynamic_sampling_max_gen_batches": "[1, inf)",
+    "rollout.dynamic_sampling_min_reward": "(-inf, inf)",
+    "rollout.dynamic_sampling_max_reward": "(-inf, inf)",
+    "reward.missing_eos_penalty": "[0, inf)",
+    "reward.length_penalty": "[0, inf)",
+    "prime.beta": "(0, inf)",
+    "prime.process_coef": "[0, inf)",
+    "prime.outcome_coef": "[0, inf)",
     "rollout.max_response_length": "[1, inf)",
     "rollout.temperature": "[0.01, 2]",
     "rollout.top_p": "(0, 1]",
@@ -141,7 +149,7 @@ OWNED_OVERRIDES = {
     "recompute_method": "set model.recompute_method",
     "recompute_num_layers": "set model.recompute_num_layers",
     "recompute_modules": "set model.recompute_modules",
-    "context_parallel_size": _UNUSED,
+    "context_parallel_size": "set parallel.context_parallel_size",
     "hierarchical_context_parallel_sizes": _UNUSED,
     "hybrid_context_parallel": _UNUSED,
     "expert_model_parallel_size": "set parallel.expert_model_parallel_size",
@@ -168,6 +176,7 @@ def check_values(cfg: "Config") -> Problems:
     yield from _checkpoint(cfg)
     yield from _recompute(cfg)
     yield from _overrides(cfg)
+    yield from _sampling(cfg)
     yield from _schedule(cfg)
     yield from _policy_loss(cfg)
     yield from _preference(cfg)
@@ -269,6 +278,31 @@ def _overrides(cfg: "Config") -> Problems:
             yield Problem(text, ("model.model_overrides",))
 
 
+def _sampling(cfg: "Config") -> Problems:
+    """Limits of responses over the steps, bounds of rewards, and whom distillation learns from."""
+    from megarl.data.curriculum import Stage, check_stages
+
+    r, path = cfg.rollout, "rollout.response_length_stages"
+    stages = [Stage(stage.first_step, stage.max_response_length) for stage in r.response_length_stages]
+    if stages:
+        try:
+            check_stages(stages)
+        except ValueError as error:
+            yield Problem(f"{path}: {error}", (path,))
+        if (longest := max(stage.max_response_length for stage in stages)) > r.max_response_length:
+            text = f"{path} go up to {longest} tokens, more than rollout.max_response_length = {r.max_response_length}"
+            yield Problem(text, (path, "rollout.max_response_length"))
+    low, high = r.dynamic_sampling_min_reward, r.dynamic_sampling_max_reward
+    names = ("rollout.dynamic_sampling_min_reward", "rollout.dynamic_sampling_max_reward")
+    if (low is not None or high is not None) and not r.dynamic_sampling:
+        yield Problem(f"{' and '.join(names)} go with rollout.dynamic_sampling=true", (*names, "rollout.dynamic_sampling"))
+    if low is not None and high is not None and low > high:
+        yield Problem(f"{names[0]} = {low} is above {names[1]} = {high}", names)
+    if (cfg.algorithm == "distillation") != (cfg.teacher.path is not None):
+        text = f"algorithm = {cfg.algorithm} and teacher.path = {cfg.teacher.path or 'null'}: distillation has a teacher"
+        yield Problem(text, ("algorithm", "teacher.path"))
+
+
 def _schedule(cfg: "Config") -> Problems:
     optimizer = cfg.optimizer
     if optimizer.min_lr > optimizer.lr:
@@ -315,13 +349,25 @@ def _preference(cfg: "Config") -> Problems:
     """Settings that the chosen preference loss does not have, or lacks."""
     preference, path = cfg.preference, "preference."
     unpaired = preference.loss in ("kto", "bco")
-    if cfg.algorithm in ("preference", "unpaired") and unpaired != (cfg.algorithm == "unpaired"):
+    if cfg.algorithm in ("preference", "online_dpo", "unpaired") and unpaired != (cfg.algorithm == "unpaired"):
         kind = "labelled single responses (algorithm = unpaired)" if unpaired else "pairs (algorithm = preference)"
         text = f"preference.loss = {preference.loss} is of {kind}, and algorithm = {cfg.algorithm}"
         yield Problem(text, ("algorithm", f"{path}loss"))
-    if cfg.algorithm == "preference" and preference.loss == "longpo":
-        text = "preference.loss = longpo needs log-probs of prompts, which the model's head leaves out: not trained yet"
-        yield Problem(text, (f"{path}loss",))
+    if cfg.algorithm == "preference" and preference.loss == "longpo" and cfg.data.reference_prompt_key is None:
+        text = "preference.loss = longpo needs data.reference_prompt_key, the field with the short prompt"
+        yield Problem(text, (f"{path}loss", "data.reference_prompt_key"))
+    if cfg.algorithm == "online_dpo" and preference.loss == "longpo":
+        yield Problem("preference.loss = longpo learns from data: algorithm = preference", ("algorithm", f"{path}loss"))
+    if preference.precompute_ref_log_probs and (preference.loss == "kto" or cfg.algorithm in ON_POLICY):
+        what = "kto, whose baseline is of new pairs" if preference.loss == "kto" else f"{cfg.algorithm}, which samples"
+        text = f"preference.precompute_ref_log_probs = true: there is nothing to compute once in {what} every step"
+        yield Problem(text, (f"{path}precompute_ref_log_probs", f"{path}loss", "algorithm"))
+    if preference.ref_log_probs_path is not None and not preference.precompute_ref_log_probs:
+        text = "preference.ref_log_probs_path goes with preference.precompute_ref_log_probs=true"
+        yield Problem(text, (f"{path}ref_log_probs_path", f"{path}precompute_ref_log_probs"))
+    if preference.bco_density_ratio and preference.loss != "bco":
+        text = f"preference.bco_density_ratio = true is of bco: preference.loss = {preference.loss}"
+        yield Problem(text, (f"{path}bco_density_ratio", f"{path}loss"))
     loss, smoothing = (
         f"preference.loss = {preference.loss}",
         f"preference.label_smoothing = {preference.label_smoothing}",

@@ -74,6 +74,7 @@ def pack(
     samples: list[Sample],
     device: torch.device,
     *,
+    each: int = 1,
     multiple: int = 1,
     loss_agg_mode: str = "token-mean",
     max_response_length: int = 1,
@@ -81,26 +82,27 @@ def pack(
     """Lay samples end to end, shifted once.
 
     Args:
-        multiple: T is lengthened to a multiple of this (sequence parallelism wants TP) by padding behind the
-            last sequence.
+        each: every sequence is padded to a multiple of this (context parallelism wants 2 CP).
+        multiple: T is lengthened to a multiple of this, itself a multiple of ``each``, by padding behind the last
+            sequence (sequence parallelism wants TP).
         loss_agg_mode: see `token_weights`.
         max_response_length: the constant of ``seq-mean-token-sum-norm``.
     """
     lengths = [positions_of(sample) for sample in samples]
-    real = sum(lengths)
-    padding = -real % multiple
-    tokens = [t for sample in samples for t in sample.tokens[:-1]] + [0] * padding
-    targets = [t for sample in samples for t in sample.tokens[1:]] + [0] * padding
-    response = torch.zeros(real + padding, dtype=torch.bool)
-    cu_seqlens = [0]
-    for sample, length in zip(samples, lengths, strict=True):
+    paddings = [-length % each for length in lengths]
+    paddings[-1] += -(sum(lengths) + sum(paddings)) % multiple
+    total = sum(lengths) + sum(paddings)
+    tokens, targets, cu_seqlens = [], [], [0]
+    response = torch.zeros(total, dtype=torch.bool)
+    for sample, length, padding in zip(samples, lengths, paddings, strict=True):
         start = cu_seqlens[-1]
+        tokens += sample.tokens[:-1] + [0] * padding
+        targets += sample.tokens[1:] + [0] * padding
         response[start + sample.prompt_length - 1 : start + length] = True
-        cu_seqlens.append(start + length)
-    cu_seqlens[-1] += padding
+        cu_seqlens.append(start + length + padding)
     sizes = torch.tensor(cu_seqlens).diff()
     sequence = torch.repeat_interleave(torch.arange(len(samples)), sizes)
-    positions = torch.arange(real + padding) - torch.tensor(cu_seqlens[:-1])[sequence]
+    positions = torch.arange(total) - torch.tensor(cu_seqlens[:-1])[sequence]
     mask = torch.zeros_like(response)
     mask[response] = torch.cat([_loss_mask(sample) for sample in samples])
     counted = torch.zeros(len(samples), dtype=torch.int64).index_add(0, sequence, mask.long())
@@ -110,7 +112,7 @@ def pack(
         parts = [values(sample) for sample in samples]
         if parts[0] is None:
             return None
-        out = torch.zeros(real + padding, dtype=torch.float32)
+        out = torch.zeros(total, dtype=torch.float32)
         out[response] = torch.cat([part for part in parts if part is not None]).float().cpu()
         return torch.where(mask, out, 0).to(device)
 

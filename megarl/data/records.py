@@ -49,7 +49,7 @@ class MicroBatch:
     """Packed samples on the training device."""
 
     samples: list[Sample]
-    cu_seqlens: list[int]  # n + 1 boundaries, the last sequence's padding included
+    cu_seqlens: list[int]  # n + 1 boundaries, the padding behind sequences included
     tokens: Tensor  # [T]
     targets: Tensor  # [T]
     positions: Tensor  # [T], each token's place in its own sequence

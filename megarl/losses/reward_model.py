@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from megarl.config import PreferenceConfig
+from megarl.data.records import MicroBatch
+from megarl.losses.pairs import pairs_of, per_token
 
 
 def bradley_terry(
@@ -31,6 +33,22 @@ def bradley_terry(
     }
 
 
+def bradley_terry_tokens(
+    values: Tensor, batch: MicroBatch, cfg: PreferenceConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`bradley_terry` of a microbatch of pairs, as a loss of the engine: [T], each token carrying its pair's.
+
+    A sample's response is the one position behind its last token, whose value is the score. With
+    ``margin_from_scores`` the margin is the gap of the pair's scores in the data.
+    """
+    pairs = pairs_of(values, batch)
+    margin = pairs.reward_gap if cfg.margin_from_scores else None
+    if cfg.margin_from_scores and margin is None:
+        raise ValueError("preference.margin_from_scores needs a score of both responses of every pair")
+    loss, metrics = bradley_terry(pairs.chosen, pairs.rejected, cfg, margin)
+    return per_token(loss, batch), {name: per_token(x, batch) for name, x in metrics.items()}
+
+
 def implicit_process_reward(ratio: Tensor, outcome: Tensor, beta: float) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross entropy of sigmoid(beta D) with the outcome, one a response (PRIME, 2502.01456, section 3).
 
@@ -45,3 +63,15 @@ def implicit_process_reward(ratio: Tensor, outcome: Tensor, beta: float) -> tupl
     loss = -outcome * F.logsigmoid(reward) - (1 - outcome) * F.logsigmoid(-reward)
     right = (reward > 0) == (outcome > 0.5)
     return loss, {"prm_reward": reward.detach(), "prm_accuracy": right.to(loss.dtype)}
+
+
+def implicit_process_reward_tokens(
+    logps: Tensor, batch: MicroBatch, beta: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`implicit_process_reward` of a microbatch, as a loss of the engine: [T], each token carrying its response's. The
+    outcome is the samples' ``score``."""
+    assert batch.ref_logps is not None, "the loop computes the reference's log-probabilities"
+    ratio = batch.per_sequence(logps - batch.ref_logps)
+    outcome = ratio.new_tensor([sample.score or 0.0 for sample in batch.samples])
+    loss, metrics = implicit_process_reward(ratio, outcome, beta)
+    return batch.per_token(loss), {name: batch.per_token(x) for name, x in metrics.items()}

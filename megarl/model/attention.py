@@ -21,6 +21,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
+from megarl.parallel.context import ContextShare
+
+# Queries whose mask exists at once, where keys come from other ranks: [block, keys] of it.
+_QUERY_BLOCK = 1024
+
 
 @dataclass
 class PackedLayout(PackedSeqParams):
@@ -33,7 +38,9 @@ class PackedLayout(PackedSeqParams):
 
     rectangles: list[Tensor] = field(default_factory=list)
     restore: Tensor | None = None
-    positions: Tensor | None = None  # [T], of every token in its sequence
+    positions: Tensor | None = None  # [T], of every token in its sequence; see `packed_layout` for those of a share
+    share: ContextShare | None = None  # the tokens that are here, where context parallelism divides them
+    cu_seqlens: list[int] = field(default_factory=list)  # on the host
 
     def as_one_sequence(self) -> PackedLayout:
         """The same for megatron's unfused rotary embedding, which loops over sequences in Python: only it reads the
@@ -43,13 +50,22 @@ class PackedLayout(PackedSeqParams):
         return dataclasses.replace(self, cu_seqlens_q_padded=whole, cu_seqlens_kv_padded=whole)
 
 
-def packed_layout(cu_seqlens: list[int], device: torch.device, *, transformer_engine: bool) -> PackedLayout:
-    """Describe sequences ``cu_seqlens[i]:cu_seqlens[i+1]`` of one pack to megatron."""
+def packed_layout(
+    cu_seqlens: list[int], device: torch.device, *, transformer_engine: bool, share: ContextShare | None = None
+) -> PackedLayout:
+    """Describe sequences ``cu_seqlens[i]:cu_seqlens[i+1]`` of one pack to megatron.
+
+    Of a ``share``, megatron's unfused rotary embedding takes the angles of the whole pack and picks two stretches,
+    where a single sequence would have this rank's two chunks: there ``positions`` has those of the tokens that are
+    here.
+    """
     lengths = [b - a for a, b in pairwise(cu_seqlens)]
     # Rounded up: megatron caches one rotary table per value.
     longest = -(-max(lengths) // 64) * 64
     cu = torch.tensor(cu_seqlens, dtype=torch.int32, device=device)
-    rectangles, restore = ([], None) if transformer_engine else _rectangles(cu_seqlens, lengths, device)
+    none_needed = transformer_engine or share is not None
+    rectangles, restore = ([], None) if none_needed else _rectangles(cu_seqlens, lengths, device)
+    positions = torch.cat([torch.arange(n) for n in lengths]).to(device)
     layout = PackedLayout(
         qkv_format="thd",
         cu_seqlens_q=cu,
@@ -60,9 +76,22 @@ def packed_layout(cu_seqlens: list[int], device: torch.device, *, transformer_en
         max_seqlen_kv=longest,
         rectangles=rectangles,
         restore=restore,
-        positions=torch.cat([torch.arange(n) for n in lengths]).to(device),
+        positions=positions if share is None else _where_megatron_looks(positions, share),
+        share=share,
+        cu_seqlens=cu_seqlens,
     )
     return layout if transformer_engine else layout.as_one_sequence()
+
+
+def _where_megatron_looks(positions: Tensor, share: ContextShare) -> Tensor:
+    """[T]: a share's positions at the two chunks that the rank has of a single sequence of T tokens."""
+    half = len(share.mine) // 2
+    out = torch.zeros_like(positions)
+    first, second = positions[share.mine].split(half)
+    out[share.rank * half : (share.rank + 1) * half] = first
+    end = len(positions) - share.rank * half
+    out[end - half : end] = second
+    return out
 
 
 def _rectangles(cu_seqlens: list[int], lengths: list[int], device: torch.device) -> tuple[list[Tensor], Tensor | None]:
@@ -127,6 +156,8 @@ class PackedAttention(MegatronModule):
     ) -> Tensor:
         """query [T, h, d], key [T, g, d], value [T, g, v] -> [T, h * v]."""
         assert packed_seq_params is not None, "PackedAttention takes packed sequences only"
+        if packed_seq_params.share is not None:
+            return self._attend_share(query, key, value, packed_seq_params)
         if packed_seq_params.restore is None:
             (shape,) = (rectangle.shape for rectangle in packed_seq_params.rectangles)
             return self._attend(*(x.unflatten(0, shape) for x in (query, key, value)))
@@ -135,6 +166,38 @@ class PackedAttention(MegatronModule):
             for rectangle in packed_seq_params.rectangles
         ]
         return torch.cat(out).index_select(0, packed_seq_params.restore)
+
+    def _attend_share(self, q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout) -> Tensor:
+        """The queries that are here over the keys and values of all ranks, which are gathered: [T / CP, h * v]."""
+        assert layout.share is not None, "called with a share only"
+        share, sizes = layout.share, [k.shape[-1], v.shape[-1]]
+        k, v = share.gather(torch.cat((k, v), dim=-1)).split(sizes, dim=-1)
+        out, at = [], 0
+        for start, stop in pairwise(layout.cu_seqlens):
+            chunk = (stop - start) // (2 * share.size)
+            for number in (share.rank, 2 * share.size - 1 - share.rank):
+                for first in range(number * chunk, (number + 1) * chunk, _QUERY_BLOCK):
+                    last = min(first + _QUERY_BLOCK, (number + 1) * chunk)
+                    keys = slice(start, start + last)
+                    out.append(self._attend_block(q[at : at + last - first], k[keys], v[keys], first))
+                    at += last - first
+        return torch.cat(out)
+
+    def _attend_block(self, q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
+        """Queries ``[m, h, d]`` at positions ``first`` and on, over the keys up to the last of them: [m, h * v]."""
+        low = 0 if self.window is None else max(0, first - self.window + 1)
+        k, v = k[low:], v[low:]
+        distance = torch.arange(first, first + len(q), device=q.device)[:, None] - torch.arange(
+            low, low + len(k), device=q.device
+        )
+        seen = distance >= 0 if self.window is None else (distance >= 0) & (distance < self.window)
+        mask: Tensor = seen
+        if self.softmax_offset is not None:
+            mask = self._sinks_beside(seen, q)
+            k, v = (F.pad(x, (0, 0, 0, 0, 0, 1)) for x in (k, v))
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.softmax_scale, enable_gqa=True)
+        return out[0].transpose(0, 1).flatten(1)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """[n, m, h or g, d or v] -> [n * m, h * v]. Padding comes after every real token, so the causal mask hides
@@ -159,12 +222,16 @@ class PackedAttention(MegatronModule):
 
     def _with_sinks(self, mask: Tensor | None, m: int, q: Tensor) -> Tensor:
         """[h, m, m + 1]: what is added to the logits, with a column for the sink."""
-        assert self.softmax_offset is not None, "called with sinks only"
         seen = torch.ones(m, m, dtype=torch.bool, device=q.device).tril() if mask is None else mask
-        hidden = torch.zeros(m, m, dtype=q.dtype, device=q.device).masked_fill(~seen, -torch.inf)
-        h = self.softmax_offset.shape[0]
+        return self._sinks_beside(seen, q)
+
+    def _sinks_beside(self, seen: Tensor, q: Tensor) -> Tensor:
+        """What is added to the logits of queries that see ``seen`` [m, n] keys: [h, m, n + 1]."""
+        assert self.softmax_offset is not None, "called with sinks only"
+        hidden = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, -torch.inf)
+        h, m = self.softmax_offset.shape[0], seen.shape[0]
         sinks = self.softmax_offset.to(q.dtype)[:, None, None].expand(h, m, 1)
-        return torch.cat((hidden.expand(h, m, m), sinks), dim=-1)
+        return torch.cat((hidden.expand(h, *seen.shape), sinks), dim=-1)
 
 
 def _rows(x: Tensor, rectangle: Tensor) -> Tensor:

@@ -163,6 +163,7 @@ def transformer_config(cfg: Config, spec: ModelSpec, mesh: Mesh) -> TransformerC
         # the layout
         "tensor_model_parallel_size": mesh.tp_size,
         "pipeline_model_parallel_size": mesh.pp_size,
+        "context_parallel_size": mesh.cp_size,
         "expert_model_parallel_size": mesh.ep_size,
         "expert_tensor_parallel_size": mesh.etp_size,
         "sequence_parallel": cfg.parallel.sequence_parallel,

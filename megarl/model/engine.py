@@ -29,6 +29,7 @@ from megarl.model.attention import packed_layout
 from megarl.model.build import build_model, uses_transformer_engine
 from megarl.model.family import ModelSpec
 from megarl.model.optimizer import build_optimizer, build_scheduler
+from megarl.parallel.context import ContextShare, multiple_of, share_of
 from megarl.parallel.mesh import Mesh
 from megarl.weights.load import load_hf
 from megarl.weights.save import save_hf
@@ -178,7 +179,10 @@ class Engine:
     ) -> tuple[list[MicroBatch], list[int]]:
         """Pack, and say at which place among all packed samples each of ``samples`` is."""
         units = [samples[at : at + together] for at in range(0, len(samples), together)]
-        groups = microbatches_of([sum(map(positions_of, unit)) for unit in units], budget)
+        cp = self.mesh.cp_size
+        each, _ = multiple_of(cp, 1)
+        lengths = [sum(-(-positions_of(sample) // each) * each for sample in unit) for unit in units]
+        groups = microbatches_of(lengths, -(-budget * cp // each) * each)
         batches = [self._pack([sample for i in group for sample in units[i]], loss_agg_mode) for group in groups]
         nothing = [_nothing()] * together  # a replica without samples still takes part, and counts for nothing
         if not batches:
@@ -193,10 +197,20 @@ class Engine:
 
     def _pack(self, samples: list[Sample], loss_agg_mode: str) -> MicroBatch:
         multiple = self.mesh.tp_size if self.cfg.parallel.sequence_parallel else 1
+        each, whole = multiple_of(self.mesh.cp_size, multiple)
         longest = self.cfg.rollout.max_response_length
         return pack(
-            samples, self.mesh.device, multiple=multiple, loss_agg_mode=loss_agg_mode, max_response_length=longest
+            samples,
+            self.mesh.device,
+            each=each,
+            multiple=whole,
+            loss_agg_mode=loss_agg_mode,
+            max_response_length=longest,
         )
+
+    def _share(self, batch: MicroBatch) -> ContextShare | None:
+        """This rank's part of a pack, where context parallelism divides it. A loss sees the whole pack."""
+        return share_of(batch.cu_seqlens, self.mesh.cp_group, self.mesh.device) if self.mesh.cp_size > 1 else None
 
     def _run(self, batches: list[MicroBatch], forward_step: Callable[..., Any], **kwargs: Any) -> list[Any]:
         """Megatron's schedule over the microbatches. What the last stage's loss function returned, one a microbatch."""
@@ -211,26 +225,39 @@ class Engine:
         )
 
     def _forward(self, batch: MicroBatch, model: torch.nn.Module, *, labels: bool = True) -> Tensor:
-        layout = packed_layout(batch.cu_seqlens, self.mesh.device, transformer_engine=self.transformer_engine)
+        share = self._share(batch)
+        layout = packed_layout(
+            batch.cu_seqlens, self.mesh.device, transformer_engine=self.transformer_engine, share=share
+        )
+        here = slice(None) if share is None else share.mine
         return model(
-            batch.tokens[None],
-            batch.positions[None],
+            batch.tokens[here][None],
+            layout.positions[None],
             None,
-            labels=batch.targets[None] if labels else None,  # without labels the model gives logits
-            loss_mask=batch.loss_mask[None],
+            labels=batch.targets[here][None] if labels else None,  # without labels the model gives logits
+            loss_mask=batch.loss_mask[here][None],
             packed_seq_params=layout,
         )
 
+    def _joined(self, out: Tensor, batch: MicroBatch) -> Tensor:
+        """[n, T / CP] -> [n, T], the same on every rank of the context-parallel group."""
+        share = self._share(batch)
+        return out if share is None else share.join(out.t()).t()
+
     def _collect_step(self, batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-        return self._forward(next(batches), model), lambda out, non_loss_data: out[0]
+        batch = next(batches)
+        return self._forward(batch, model), lambda out, non_loss_data: self._joined(out, batch)[0]
 
     def _logits_step(self, batches: Iterator[MicroBatch], model: torch.nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+        batch = next(batches)
+
         def collect(out: Tensor, non_loss_data: bool) -> Tensor:
             shards = [torch.empty_like(out[0]) for _ in range(self.mesh.tp_size)]
             dist.all_gather(shards, out[0].contiguous(), group=self.mesh.tp_group)
-            return torch.cat(shards, dim=-1)[:, : self.spec.vocab_size].float()
+            logits = torch.cat(shards, dim=-1)[:, : self.spec.vocab_size].float()
+            return self._joined(logits.t(), batch).t()
 
-        return self._forward(next(batches), model, labels=False), collect
+        return self._forward(batch, model, labels=False), collect
 
     def _loss_step(
         self, loss: Loss, by_response: bool, batches: Iterator[MicroBatch], model: torch.nn.Module
@@ -238,13 +265,14 @@ class Engine:
         batch = next(batches)
 
         def reduce(out: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            logps, batch.entropy = out
+            logps, batch.entropy = self._joined(out, batch)
             per_token, metrics = loss(logps, batch)
             total = torch.where(batch.loss_mask, per_token * batch.weights, 0).sum()
             count = torch.tensor(batch.count, dtype=torch.int, device=out.device)
+            once = count if self.mesh.cp_rank == 0 else torch.zeros_like(count)  # megatron sums it over CP too
             each = batch.weights if by_response else 1
             sums = {name: torch.where(batch.loss_mask, x.detach() * each, 0).sum() for name, x in metrics.items()}
-            return total, count, sums | {"loss": total.detach(), "count": count, "tokens": batch.loss_mask.sum()}
+            return total, once, sums | {"loss": total.detach(), "count": count, "tokens": batch.loss_mask.sum()}
 
         return self._forward(batch, model), reduce
 
@@ -286,7 +314,7 @@ def _nothing() -> Sample:
     metrics."""
     empty = torch.empty(0)
     logps = {"rollout_logps": empty, "old_logps": empty, "ref_logps": empty}
-    return Sample("(none)", 0, [0, 0], prompt_length=2, **logps, values=empty, returns=empty, desirable=True)
+    return Sample("(none)", 0, [0, 0], prompt_length=2, **logps, values=empty, returns=empty, score=0.0, desirable=True)
 
 
 class HostWeights:

@@ -114,7 +114,8 @@ class Run:
     def dropped(self, counts: Mapping[str, int], kept: int) -> None:
         """Say how many records the data has, and how many of it were left out and why; the first report logs the
         latter as ``data/dropped_<why>``."""
-        self._unlogged |= {f"data/dropped_{why}": float(count) for why, count in counts.items()}
+        if self.resumed is None or not self.resumed.in_place:  # else its first report has it
+            self._unlogged |= {f"data/dropped_{why}": float(count) for why, count in counts.items()}
         left_out = ", ".join(f"{count:,} {why.replace('_', ' ')}" for why, count in counts.items() if count)
         self.console.note(f"data: {kept:,} records" + (f"; dropped {left_out}" if left_out else ""))
 

@@ -1,8 +1,9 @@
 """The mesh: who this rank is, and which groups it talks in. Built once, passed down, never imported as a global.
 
-This is the only reader of megatron's ``parallel_state``. Ranks are laid out as Megatron lays them (tp fastest, then dp,
-then pp; for experts etp fastest, then ep, then the replicas, then pp): neighbours in a tensor-parallel group are
-neighbours on a node. Expert parallelism divides the experts over ranks that otherwise are tensor and data parallel.
+This is the only reader of megatron's ``parallel_state``. Ranks are laid out as Megatron lays them (tp fastest, then cp,
+dp, pp; for experts etp fastest, then ep, then the replicas, then pp): neighbours in a tensor-parallel group are
+neighbours on a node. Expert parallelism divides the experts over ranks that otherwise are tensor, context and data
+parallel. The ranks of a context-parallel group hold the same weights, and share each sequence's tokens.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ class Mesh:
     world_size: int
     tp_size: int
     tp_rank: int
+    cp_size: int
+    cp_rank: int
     pp_size: int
     pp_rank: int
     dp_size: int
@@ -41,8 +44,9 @@ class Mesh:
     etp_size: int  # tensor parallelism of the experts' matrices
     etp_rank: int
     tp_group: dist.ProcessGroup
+    cp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
-    dp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup  # the replicas, one rank of each: those at this rank's place in context parallelism
     replica_group: dist.ProcessGroup  # the fewest ranks around this one that together hold the whole model
     replica_ranks: list[int]  # global ranks of replica_group, in its order
     host_group: dist.ProcessGroup  # every rank, over gloo: for data that lives in host memory
@@ -62,8 +66,8 @@ class Mesh:
         return dist.get_global_rank(self.pp_group, self.pp_size - 1)
 
     def dp_rank_of(self, rank: int) -> int:
-        """Which data-parallel replica another global rank trains in (tp fastest, then dp, then pp)."""
-        return rank // self.tp_size % self.dp_size
+        """Which data-parallel replica another global rank trains in."""
+        return rank // (self.tp_size * self.cp_size) % self.dp_size
 
     @contextlib.contextmanager
     def platform(self) -> Iterator[None]:
@@ -76,7 +80,8 @@ class Mesh:
         experts = (
             f", EP {self.ep_size}, ETP {self.etp_size}" if self.ep_size > 1 or self.etp_size != self.tp_size else ""
         )
-        return f"{where}: TP {self.tp_size}, PP {self.pp_size}, DP {self.dp_size}{experts}"
+        context = f", CP {self.cp_size}" if self.cp_size > 1 else ""
+        return f"{where}: TP {self.tp_size}{context}, PP {self.pp_size}, DP {self.dp_size}{experts}"
 
     def close(self) -> None:
         """Leave together: a rank that exits first makes the others' last collective fail."""
@@ -119,6 +124,7 @@ def build_mesh(cfg: Config) -> Mesh:
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=cfg.parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=cfg.parallel.pipeline_model_parallel_size,
+            context_parallel_size=cfg.parallel.context_parallel_size,
             expert_model_parallel_size=cfg.parallel.expert_model_parallel_size,
             expert_tensor_parallel_size=cfg.parallel.expert_tensor_parallel_size,  # None: as the rest of the model
             distributed_timeout_minutes=cfg.run.deadline_s / 60,
@@ -134,6 +140,8 @@ def build_mesh(cfg: Config) -> Mesh:
         world_size=dist.get_world_size(),
         tp_size=groups.tp.size(),
         tp_rank=groups.tp.rank(),
+        cp_size=groups.cp.size(),
+        cp_rank=groups.cp.rank(),
         pp_size=groups.pp.size(),
         pp_rank=groups.pp.rank(),
         dp_size=groups.dp.size(),
@@ -143,6 +151,7 @@ def build_mesh(cfg: Config) -> Mesh:
         etp_size=groups.expt_tp.size(),
         etp_rank=groups.expt_tp.rank(),
         tp_group=groups.tp,
+        cp_group=groups.cp,
         pp_group=groups.pp,
         dp_group=groups.dp,
         replica_group=replica,

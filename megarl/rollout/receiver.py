@@ -3,7 +3,8 @@ ours that works on CPUs too.
 
 Start the server with ``--worker-extension-cls megarl.rollout.receiver.Receiver`` and ``--weight-transfer-config
 '{"backend": "megarl"}'``: vLLM imports this module in every worker before it loads a model, which registers the
-backend. The other end is `megarl.rollout.remote`.
+backend. What `megarl.rollout.vllm_config.model_arguments` says of the model belongs on the command line too. The other
+end is `megarl.rollout.remote`.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ stay where they were sampled until `Rollout.deal` sends each sample to the repli
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from megarl.advantages import keep_mixed, zero_variance_fraction
+from megarl.advantages import keep_between, keep_mixed, zero_variance_fraction
 from megarl.config import Config
+from megarl.data.curriculum import Stage, max_response_length_at
 from megarl.data.packing import balance
 from megarl.data.prompts import Prompt
 from megarl.data.records import Sample
@@ -38,6 +40,7 @@ class Row:
 
     prompt: int  # which of the step's prompts: the sample's group
     index: int  # which of the prompt's samples
+    prompt_id: str
     prompt_length: int
     response_length: int
     finish_reason: str
@@ -53,6 +56,7 @@ class Rollout:
     errors: list[str]  # what was wrong with the samples of dropped groups
     mine: dict[int, Sample] = field(repr=False)  # row -> sample
     mesh: Mesh = field(repr=False)
+    max_response_length: int  # of this step
     num_gen_batches: int = 1  # how often prompts were drawn and sampled for it
 
     @property
@@ -81,9 +85,13 @@ class Rollout:
         mine = {new: self.mine[old] for new, old in enumerate(at) if old in self.mine}
         return replace(self, rows=[self.rows[i] for i in at], mine=mine)
 
-    def mixed(self) -> Rollout:
-        """The groups whose rewards are not all equal (DAPO, 2503.14476, eq. 11)."""
-        kept = keep_mixed(self.rewards, self.groups).tolist()
+    def mixed(self, low: float | None = None, high: float | None = None) -> Rollout:
+        """The groups whose rewards are not all equal (DAPO, 2503.14476, eq. 11), and whose mean is within bounds."""
+        keep = keep_mixed(self.rewards, self.groups)
+        if low is not None or high is not None:
+            bounds = -math.inf if low is None else low, math.inf if high is None else high
+            keep &= keep_between(self.rewards, self.groups, *bounds)
+        kept = keep.tolist()
         return self.only({row.prompt for row, keep in zip(self.rows, kept, strict=True) if keep})
 
     @staticmethod
@@ -98,31 +106,37 @@ class Rollout:
             rows += [replace(row, prompt=new[row.prompt]) for row in part.rows]
             number += len(new)
         errors = [error for part in parts for error in part.errors]
-        return Rollout(rows, errors, mine, parts[0].mesh, num_gen_batches=len(parts))
+        return replace(parts[0], rows=rows, errors=errors, mine=mine, num_gen_batches=len(parts))
 
-    def deal(self, sequences_per_update: int) -> list[list[Sample]]:
+    def deal(self, per_update: int, pairs: Sequence[tuple[int, int]] | None = None) -> list[list[Sample]]:
         """Send every sample to the replica that trains on it.
 
-        Whole steps are cut, in order, into updates of ``sequences_per_update`` (the last may be smaller where groups
-        were dropped); each update is dealt over data parallelism in shares of nearly equal length.
+        Whole steps are cut, in order, into updates of ``per_update`` samples (the last may be smaller where groups were
+        dropped); each update is dealt over data parallelism in shares of nearly equal length.
+
+        Args:
+            pairs: rows that stay together, as neighbours: then updates are of so many pairs, and other rows go nowhere.
 
         Returns:
             for every update, this replica's samples. The same on all ranks of a replica.
         """
         owner: dict[int, int] = {}  # row -> data-parallel rank
-        lengths, n = self.lengths, len(self.rows)
-        updates = [list(range(i, min(i + sequences_per_update, n))) for i in range(0, n, sequences_per_update)]
+        units: Sequence[tuple[int, ...]] = [(row,) for row in range(len(self.rows))] if pairs is None else pairs
+        updates = [units[i : i + per_update] for i in range(0, len(units), per_update)]
+        lengths = self.lengths
         for update in updates:
-            for dp_rank, share in enumerate(balance([lengths[row] for row in update], self.mesh.dp_size)):
-                owner |= {update[i]: dp_rank for i in share}
+            totals = [sum(lengths[row] for row in unit) for unit in update]
+            for dp_rank, share in enumerate(balance(totals, self.mesh.dp_size)):
+                owner |= {row: dp_rank for i in share for row in update[i]}
         outgoing: list[list[Sample]] = [[] for _ in range(self.mesh.world_size)]
         for row, sample in self.mine.items():
             sample.row = row
             for rank in range(self.mesh.world_size):
-                if self.mesh.dp_rank_of(rank) == owner[row]:
+                if self.mesh.dp_rank_of(rank) == owner.get(row):
                     outgoing[rank].append(sample)
         received = {s.row: s for sent in exchange_samples(outgoing, self.mesh.host_group) for s in sent}
-        return [[received[row] for row in update if owner[row] == self.mesh.dp_rank] for update in updates]
+        here = self.mesh.dp_rank
+        return [[received[row] for unit in update for row in unit if owner[row] == here] for update in updates]
 
     def metrics(self) -> dict[str, float]:
         """Rewards and lengths of the step, in verl's names."""
@@ -185,17 +199,16 @@ class Sampler:
         r = self.cfg.rollout
         wanted, parts, mixed = r.num_prompts_per_step, [], 0
         for attempt in range(r.dynamic_sampling_max_gen_batches if r.dynamic_sampling else 1):
-            part = self._sample(draw(wanted), self._training(), seed=self._seed(step, attempt))
-            parts.append(part.mixed() if r.dynamic_sampling else part)
+            part = self._sample(draw(wanted), self._training(step), seed=self._seed(step, attempt))
+            low, high = r.dynamic_sampling_min_reward, r.dynamic_sampling_max_reward
+            parts.append(part.mixed(low, high) if r.dynamic_sampling else part)
             mixed += len(parts[-1].prompts)
             if mixed >= wanted:
                 break
         self.engine.sleep()
         rollout = Rollout.joined(parts) if r.dynamic_sampling else parts[0]
         if not rollout.rows:
-            text = (
-                f"the samples of every one of {wanted * len(parts)} prompts have equal rewards; nothing can be learnt"
-            )
+            text = f"none of {wanted * len(parts)} prompts has samples of different rewards; nothing can be learnt"
             raise EmptyStepError(f"{text} (rollout.dynamic_sampling): are the prompts far too hard, or far too easy?")
         return rollout.only(set(rollout.prompts[:wanted])) if r.dynamic_sampling else rollout
 
@@ -204,9 +217,9 @@ class Sampler:
         Where that one could not be scored, the prompt's group is left out."""
         r = self.cfg.rollout
         prompts = draw(r.num_prompts_per_step)
-        once = Sampling(1, r.max_response_length, 0.0, stop_token_ids=r.stop_token_ids)
-        greedy = self._sample(prompts, once, seed=self._seed(step))
-        rollout = self._sample(prompts, self._training(), seed=self._seed(step))
+        sampling = self._training(step)
+        greedy = self._sample(prompts, replace(sampling, n=1, temperature=0.0), seed=self._seed(step))
+        rollout = self._sample(prompts, sampling, seed=self._seed(step))
         self.engine.sleep()
         rewards = {row.prompt: row.result.total for row in greedy.rows}
         kept = rollout.only(rewards)
@@ -214,11 +227,11 @@ class Sampler:
             raise EmptyStepError("no prompt of this step has both its samples and its greedy response scored")
         return replace(kept, errors=greedy.errors + kept.errors), rewards
 
-    def _training(self) -> Sampling:
+    def _training(self, step: int) -> Sampling:
         r = self.cfg.rollout
-        return Sampling(
-            r.num_generations_per_prompt, r.max_response_length, r.temperature, r.top_p, r.top_k, r.stop_token_ids
-        )
+        stages = [Stage(stage.first_step, stage.max_response_length) for stage in r.response_length_stages]
+        longest = max_response_length_at(stages, step) if stages else r.max_response_length
+        return Sampling(r.num_generations_per_prompt, longest, r.temperature, r.top_p, r.top_k, r.stop_token_ids)
 
     def validate(self, prompts: Sequence[Prompt]) -> tuple[dict[str, float], list[str]]:
         """Sample held-out prompts.
@@ -272,13 +285,14 @@ class Sampler:
                 for k, (completion, result) in enumerate(zip(group, scored, strict=True)):
                     prompt = prompts[i]
                     length = len(completion.tokens)
-                    rows.append(Row(i, k, len(prompt.tokens), length, completion.finish_reason, result))
+                    rows.append(Row(i, k, prompt.id, len(prompt.tokens), length, completion.finish_reason, result))
                     sample = Sample(prompt.id, k, prompt.tokens + completion.tokens, len(prompt.tokens))
                     sample.rollout_logps = torch.tensor(completion.logps)
                     samples.append(sample)
             # Waiting for the slowest engine's rewards is part of the phase.
             everywhere = [row for part in gather_objects(rows, self.mesh.host_group) for row in part]
-        return self._whole_groups(everywhere, dict(zip([(r.prompt, r.index) for r in rows], samples, strict=True)))
+        here = dict(zip([(r.prompt, r.index) for r in rows], samples, strict=True))
+        return self._whole_groups(everywhere, here, sampling.max_tokens)
 
     def _score(self, prompts: list[Prompt], completions: list[list[Completion]]) -> list[list[RewardResult]]:
         inputs = []
@@ -296,7 +310,7 @@ class Sampler:
         results = iter(self.rewards.score(inputs)) if self.rewards and inputs else iter([])
         return [[next(results) for _ in group] for group in completions]
 
-    def _whole_groups(self, rows: list[Row], samples: dict[tuple[int, int], Sample]) -> Rollout:
+    def _whole_groups(self, rows: list[Row], samples: dict[tuple[int, int], Sample], longest: int) -> Rollout:
         """Drop every group with a sample that could not be scored: a group's advantages need all of it."""
         errors = [row.result.error for row in rows if row.result.error]
         broken = {row.prompt for row in rows if row.result.error}
@@ -306,4 +320,4 @@ class Sampler:
                 f"no group of this step could be scored; the first of {len(errors)} errors: {errors[0]}"
             )
         mine = {at: samples[row.prompt, row.index] for at, row in enumerate(kept) if (row.prompt, row.index) in samples}
-        return Rollout(kept, errors, mine, self.mesh)
+        return Rollout(kept, errors, mine, self.mesh, longest)

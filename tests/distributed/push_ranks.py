@@ -1,7 +1,8 @@
 """Pushes from megatron to vLLM on two ranks, under torchrun: `push_ranks.py <scratch folder> <case> ...`.
 
 A case makes two random models of one shape: vLLM starts with the first, the trainer with the second, and after a push
-vLLM samples with the second's probabilities. `greedy <model>` exports one instead, and serves it.
+vLLM samples with the second's probabilities. `greedy <model>` exports one instead, and serves it; `quantised <model>`
+pushes to engines that quantise.
 """
 
 from __future__ import annotations
@@ -112,9 +113,9 @@ def random_model(name: str, path: Path, seed: int) -> Path:
     return path
 
 
-def vllm_of(path: Path, tp: int, **rollout: Any) -> VLLMEngine:
+def vllm_of(path: Path, tp: int, dtype: str = "fp32", **rollout: Any) -> VLLMEngine:
     config = RolloutConfig(tensor_parallel_size=tp, kv_cache_gb=0.05, max_num_seqs=8, **rollout)
-    return VLLMEngine(str(path), config, dtype="fp32", device_type="cpu", max_model_len=64, seed=0)
+    return VLLMEngine(str(path), config, dtype=dtype, device_type="cpu", max_model_len=64, seed=0)
 
 
 @dataclass
@@ -194,6 +195,31 @@ def run(name: str, scratch: Path) -> None:
     parallel_state.destroy_model_parallel()
 
 
+def quantised(model_name: str, scratch: Path) -> None:
+    """A push from TP2 to TP2, where vLLM's ranks agree on scales, quantises bit for bit as a fresh engine does."""
+    from megatron.core import parallel_state
+
+    folder = scratch / f"quantised-{model_name}"
+    if dist.get_rank() == 0:
+        random_model(model_name, folder / "first", seed=0)
+        random_model(model_name, folder / "second", seed=1)
+    dist.barrier()
+    settings = {"tp": 2, "dtype": "bf16", "quantization": "fp8_per_channel"}
+    fresh = vllm_of(folder / "second", **settings)
+    expected = fresh.checksums(), fresh.generate(PROMPTS, SAMPLING, seed=0)
+    fresh.close()
+    policy = policy_of(scratch, folder / "second", TP2)
+    engine = vllm_of(folder / "first", **settings)
+    assert engine.checksums() != expected[0]
+    stream = policy.stream(1 << 17, to_engines(policy.spec, policy.mesh, 2))
+    for verify in (False, True):
+        push(stream, engine, verify=verify)
+        assert (engine.checksums(), engine.generate(PROMPTS, SAMPLING, seed=0)) == expected
+    print(f"{model_name}: quantised alike", flush=True)
+    engine.close()
+    parallel_state.destroy_model_parallel()
+
+
 def greedy(model_name: str, scratch: Path) -> None:
     """What megatron exports, vLLM serves: the same greedy tokens as transformers with the original."""
     from megatron.core import parallel_state
@@ -267,8 +293,11 @@ def main(scratch: Path, names: list[str]) -> None:
     dist.init_process_group("gloo")
     torch.set_num_threads(1)
     for name in names:
-        if name.startswith("greedy "):
-            greedy(name.removeprefix("greedy "), scratch)
+        kind, _, model = name.partition(" ")
+        if kind == "greedy":
+            greedy(model, scratch)
+        elif kind == "quantised":
+            quantised(model, scratch)
         else:
             run(name, scratch)
     dist.barrier()

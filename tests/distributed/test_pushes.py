@@ -20,6 +20,7 @@ PUSHES = [
     "deepseek_v3 EP2 to TP1",
     "deepseek_v3 EP2 to TP2",
     "gpt_oss EP2 to TP1",
+    "quantised qwen3",
 ]
 SERVED = [
     "llama",

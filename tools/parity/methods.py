@@ -107,7 +107,14 @@ METHODS = {
     "grpo": policy(
         "GRPOTrainer",
         {**MEAN, **TRL_EPS, "loss.kl_loss_coef": 0.04},
-        {"loss_type": "grpo", "beta": 0.04},
+        {"loss_type": "grpo", "beta": 0.04, "use_bias_correction_kl": False},
+    ),
+    "grpo, KL by importance": policy(
+        "GRPOTrainer",
+        {**MEAN, **TRL_EPS, "loss.kl_loss_coef": 0.04, "loss.kl_gradient": "importance"},
+        {"loss_type": "grpo", "beta": 0.04, "use_bias_correction_kl": True},
+        "TRL's default",
+        2,
     ),
     "grpo, two updates": policy(
         "GRPOTrainer", {**MEAN, **TRL_EPS, "loss.clip_ratio_high": 0.28}, {"loss_type": "grpo", "epsilon_high": 0.28}, "", 2
