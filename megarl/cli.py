@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 RECIPE_HELP = "YAML file that says how the run differs from the defaults"
 # A rank that is told to stop says within seconds what it was waiting for; a frozen one is not worth waiting for.
 SHUTDOWN = "--shutdown-timeout=15"
-# It passes these on, and waits so long for ranks that save: also SIGUSR1, which its own default would die of.
+# It passes these on to the ranks, which then save: also SIGUSR1, which it would die of by default.
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 CONVERT_HELP = "checkpoints between Hugging Face and Megatron: convert, compare, describe"
 OVERRIDE_HELP = "settings over the recipe's, such as rollout.temperature=0.8"
@@ -55,6 +55,14 @@ def _parser() -> argparse.ArgumentParser:
     resume_parser.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
     resume_parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=OVERRIDE_HELP)
     resume_parser.add_argument("--steps", type=int, default=4, help="steps of each run; the stop is half-way")
+    verify_parser = add(
+        "verify", verify, "prove that a recipe's layout, with a tiny model, computes what one rank does"
+    )
+    verify_parser.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
+    verify_parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=OVERRIDE_HELP)
+    verify_parser.add_argument("--max-ranks", type=int, default=8, help="most processes to start (default 8)")
+    verify_parser.add_argument("--tolerance", type=float, default=1e-5, help="largest difference that agrees")
+    verify_parser.add_argument("--no-vllm", action="store_true", help="leave vLLM out of the comparison")
     add("doctor", doctor, "say what is installed, what its absence switches off, and whether training can run")
     report_parser = add("report", report, "summarise a run's metrics.jsonl and draw its reward curve")
     convert_parser = commands.add_parser("convert", help=CONVERT_HELP, description=CONVERT_HELP)
@@ -154,6 +162,15 @@ def config(args: argparse.Namespace) -> int:
         return 2
     print(OmegaConf.to_yaml(OmegaConf.structured(cfg)), end="")
     return 0
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Compare the recipe's layout with one rank, and the model with transformers and vLLM."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    from megarl.verify.command import verify as compare
+
+    recipe = [args.recipe, *args.overrides]
+    return compare(recipe, max_ranks=args.max_ranks, tolerance=args.tolerance, vllm=not args.no_vllm)
 
 
 def doctor(args: argparse.Namespace) -> int:

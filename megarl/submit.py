@@ -1,7 +1,7 @@
 """`megarl submit`: a Slurm job from a recipe, checked before it is queued.
 
-The job is a script in the run's folder (``slurm/job.sh``): its ``#SBATCH`` lines say what it needs, and it hands over to
-``slurm/train.sbatch``, which starts the ranks, and queues itself again where there is more to do. `script` is pure;
+The job is a script in the run's folder (``slurm/job.sh``): its ``#SBATCH`` lines say what it needs, and it hands over
+to ``slurm/train.sbatch``, which starts the ranks, and queues itself again where there is more to do. `script` is pure;
 `submit` writes and queues it.
 """
 
@@ -44,8 +44,8 @@ class Job:
 
 
 def seconds_of(limit: str) -> int:
-    """Slurm's time limit in seconds: minutes, minutes:seconds, hours:minutes:seconds, or days-hours[:minutes[:seconds]].
-    Raises SubmitError."""
+    """A time limit as Slurm writes it in seconds: minutes[:seconds], hours:minutes:seconds, or
+    days-hours[:minutes[:seconds]]. Raises SubmitError."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
     if match is None:
         raise SubmitError(f"--time {limit!r} is no time limit of Slurm's, such as 4:00:00 or 1-12:00:00")

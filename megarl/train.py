@@ -47,8 +47,8 @@ def run(cfg: Config) -> int:
     from megarl.weights.hf_files import CheckpointError
 
     # What their sentences say is all there is to say: a traceback would only bury it.
-    told = (DataError, CheckpointError, RewardError, MismatchError, NonFiniteError, EmptyStepError, RolloutError)
-    told += (FolderInUse, Broken)
+    told: tuple[type[BaseException], ...] = (DataError, CheckpointError, RewardError, MismatchError, NonFiniteError)
+    told += (EmptyStepError, RolloutError, FolderInUse, Broken)
     die_with_parent()
     mesh = build_mesh(cfg)
     watchdog = Watchdog(cfg.run.deadline_s, Path(cfg.run.root) / cfg.run.name / "hangs")

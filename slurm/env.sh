@@ -23,7 +23,6 @@ export MASTER_PORT=${MASTER_PORT:-$(python3 -c 'import socket; s = socket.socket
 # ---- NCCL and torch ----
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=1                              # a failed collective ends its rank
 export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}             # collectives the flight recorder keeps for a hang
-export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-$TORCH_FR_BUFFER_SIZE}
 export NCCL_IB_TIMEOUT=${NCCL_IB_TIMEOUT:-22}                         # rides out short link failures
 # export NCCL_SOCKET_IFNAME=eth0 NCCL_IB_HCA=mlx5                     # where the defaults find the wrong interface
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}

@@ -95,7 +95,7 @@ def test_launch_line_of_one_machine(recipe: str) -> None:
     cfg = load([recipe, "cluster.gpus_per_node=3"], check_model=False)
     arguments = torchrun_arguments(cfg, rank_arguments("r.yaml", ["run.seed=1"]))
     assert arguments[:2] == ["-m", "torch.distributed.run"]
-    assert "--nproc-per-node=3" in arguments and "--shutdown-timeout=15" in arguments
+    assert "--nproc-per-node=3" in arguments and "--shutdown-timeout=60" in arguments
     assert arguments[-4:] == ["-m", "megarl.train", "r.yaml", "run.seed=1"]
 
 

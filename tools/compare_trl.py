@@ -2,8 +2,8 @@
 
     .venv/bin/python tools/compare_trl.py [METHOD ...] [--trl-python PYTHON] [--keep FOLDER]
 
-The same tiny Llama in Hugging Face format, the same batches, AdamW without decay, fp32, no dropout; see parity/methods.py
-for what is equal and how. Numbers agree within 2e-4 + 2e-4 x TRL's, or the table says by how much they do not and the
+The same tiny Llama in Hugging Face format, the same batches, AdamW without decay, fp32, no dropout; parity/methods.py
+says what is equal and how. Numbers agree within 2e-4 + 2e-4 x TRL's, or the table says by how much they do not and the
 exit code is 1. TRL lives in a virtual environment of its own, which bench/trl_setup.sh makes in $MEGARL_BENCH_HOME
 (default /tmp/megarl-bench) when it is missing. Takes about two minutes on a CPU.
 """

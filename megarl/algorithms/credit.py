@@ -137,8 +137,7 @@ def scores_of(cfg: RewardConfig, rollout: Rollout) -> Tensor:
 
 
 def step_of(cfg: Config, rollout: Rollout, samples: Sequence[Sample], mesh: Mesh, kl_coef: float = 0.0) -> Step:
-    """The step as an estimator sees it; with ``reward.overlong_filtering`` responses that reached the limit are masked.
-    """
+    """The step as an estimator sees it. ``reward.overlong_filtering`` masks responses that reached the limit."""
     scores = scores_of(cfg.reward, rollout)
     if cfg.reward.overlong_filtering:
         for sample in samples:

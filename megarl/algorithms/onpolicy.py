@@ -3,6 +3,7 @@ the end of a step."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -11,7 +12,7 @@ from transformers import AutoTokenizer
 from megarl.advantages import AdaptiveKL
 from megarl.algorithms.sft import due
 from megarl.checkpoint.checkpoints import Checkpoints, Stateful
-from megarl.config import AdvantageConfig, Config
+from megarl.config import AdvantageConfig, Config, OptimizerConfig
 from megarl.data.prompts import Prompt, PromptStream, load_prompts
 from megarl.data.records import Sample
 from megarl.losses.mismatch import MISMATCH_METRICS, check_mismatch
@@ -83,6 +84,8 @@ class Parts:
         """Say what happened. Raises MismatchError where vLLM did not sample from the policy."""
         self.run.report(step, self.steps, metrics, rollout.lengths, epochs=self.cfg.train.ppo_epochs)
         self.run.events(step, rollout.errors)
+        if self.cfg.reward.save_scores:
+            self.run.scores(step, [(row.prompt_id, row.result.total) for row in rollout.rows])
         check_mismatch(metrics, self.cfg.weight_sync)
 
     def validate(self, step: int) -> dict[str, float]:
@@ -131,8 +134,16 @@ def number_of_steps(cfg: Config, num_prompts: int) -> tuple[int, int]:
     per_step = cfg.rollout.num_prompts_per_step
     steps = max(1, cfg.run.max_num_epochs * num_prompts // per_step)
     steps = min(steps, cfg.run.max_num_steps or steps)
-    samples = per_step * cfg.rollout.num_generations_per_prompt
-    return steps, steps * cfg.train.ppo_epochs * -(-samples // cfg.train.train_global_batch_size)
+    units = per_step if cfg.algorithm == "online_dpo" else per_step * cfg.rollout.num_generations_per_prompt
+    return steps, steps * cfg.train.ppo_epochs * -(-units // cfg.train.train_global_batch_size)
+
+
+def another_model(cfg: Config, mesh: Mesh, path: str | None, optimizer: OptimizerConfig, updates: int) -> Engine:
+    """A second policy-like model in the policy's layout, of any size, with an optimizer of its own."""
+    model = dataclasses.replace(cfg.model, path=path or cfg.model.path)
+    own = dataclasses.replace(cfg, model=model, optimizer=optimizer)
+    spec = read_spec(model.path)
+    return Engine(own, mesh, spec, temperature=cfg.rollout.temperature, total_updates=updates)
 
 
 def penalty(cfg: AdvantageConfig) -> AdaptiveKL:
@@ -150,5 +161,6 @@ def attach(name: str, engine: Engine, samples: Sequence[Sample]) -> None:
 
 def mean_metrics(history: list[dict[str, float]], whose: str = "actor") -> dict[str, float]:
     """Means over the step's updates. The mismatch is the rollout's, so it keeps its own names."""
-    means = {name: sum(update[name] for update in history) / len(history) for name in history[0]}
+    names = history[0] if history else ()  # where every pair was a tie there was no update
+    means = {name: sum(update[name] for update in history) / len(history) for name in names}
     return {name if name in MISMATCH_METRICS else f"{whose}/{name}": value for name, value in means.items()}

@@ -37,7 +37,7 @@ from megarl.checkpoint import folder as disk
 from megarl.checkpoint.folder import CHECKPOINTS, CONFIG, FileEntry, Manifest
 from megarl.checkpoint.guard import Guard
 from megarl.checkpoint.metadata import refuse_code
-from megarl.checkpoint.resume import Found, _try, changes, length_of
+from megarl.checkpoint.resume import changes, length_of, verified
 from megarl.checkpoint.state import (
     engine_state,
     join,
@@ -51,7 +51,7 @@ from megarl.checkpoint.writer import METADATA, DistWriter, Share, free_bytes
 from megarl.config import Config
 from megarl.config.values import duration_seconds
 from megarl.model.engine import Engine, NonFiniteError
-from megarl.observe.run import MODELS_FOLDER, Run
+from megarl.observe.run import MODELS_FOLDER, ResumedFrom, Run
 from megarl.parallel.collectives import gather_objects
 from megarl.parallel.mesh import Mesh
 from megarl.weights.hf_files import CheckpointError
@@ -219,7 +219,7 @@ class Checkpoints:
         folders = [disk.finished(self.root)]
         dist.broadcast_object_list(folders, 0, group=self.mesh.host_group)
         for folder in folders[0]:
-            manifest, why = _try(folder, self.mesh)
+            manifest, why = verified(folder, self.mesh)
             if manifest is None:
                 self.run.events(self.step, [why], kind="checkpoint")
                 continue
@@ -284,7 +284,9 @@ class Checkpoints:
         if (saving := self._saving) is None or not (wait or saving.written.done()):
             return
         self._saving = None
-        results, entries, error = [], {}, None
+        results: list[Any] = []
+        entries: dict[str, FileEntry] = {}
+        error = None
         try:
             results, entries = saving.written.result()
         except Exception as reason:  # whatever a rank's disk says, all ranks have to hear of it
@@ -384,7 +386,7 @@ class Checkpoints:
         if same:  # elsewhere the generators begin anew from run.seed
             load_rng_state(own["rng"])
 
-    def _tell(self, found: Found) -> None:
+    def _tell(self, found: ResumedFrom) -> None:
         for why in found.skipped:
             self.run.console.note(f"  skipped a checkpoint: {why}")
         self.run.events(found.manifest.step, [f"skipped: {why}" for why in found.skipped], kind="resume")

@@ -44,7 +44,7 @@ def find(cfg: Config, mesh: Mesh) -> Found | None:
     dist.broadcast_object_list(shared, 0, group=mesh.host_group)
     skipped: list[str] = []
     for folder in shared[0]:
-        manifest, why = _try(folder, mesh)
+        manifest, why = verified(folder, mesh)
         if manifest is None:
             skipped.append(why)
             continue
@@ -61,7 +61,7 @@ def find(cfg: Config, mesh: Mesh) -> Found | None:
     return None
 
 
-def _try(folder: Path, mesh: Mesh) -> tuple[Manifest | None, str]:
+def verified(folder: Path, mesh: Mesh) -> tuple[Manifest | None, str]:
     """The manifest if every rank found its share of the files whole, else what the first rank that did not says."""
     manifest, why = None, None
     try:

@@ -12,7 +12,9 @@ Checked with megatron-core 0.16.1, torch 2.13.
 
 from __future__ import annotations
 
+import dataclasses
 import io
+import json
 import os
 import pickle
 from concurrent.futures import ThreadPoolExecutor
@@ -159,21 +161,14 @@ class DistWriter:
         metadata.storage_data = {r.index: r.storage_data for each in results for r in each}
         metadata.storage_meta = share.writer.storage_meta()
         metadata.all_local_plans = None  # larger than the rest, and only there to save a later run its planning
-        config = CheckpointingConfig("torch_dist", 1)
+        config = json.dumps(dataclasses.asdict(CheckpointingConfig("torch_dist", 1)))
         common = io.BytesIO()
         torch.save({}, common)
         return {
             METADATA: write_file(share.folder / METADATA, pickle.dumps(metadata)),
             COMMON: write_file(share.folder / COMMON, common.getvalue()),
-            CONFIG: write_file(share.folder / CONFIG, _config_json(config)),
+            CONFIG: write_file(share.folder / CONFIG, config.encode()),
         }
-
-
-def _config_json(config: CheckpointingConfig) -> bytes:
-    import dataclasses
-    import json
-
-    return json.dumps(dataclasses.asdict(config)).encode()
 
 
 def _write(share: Share, name: str) -> tuple[list[WriteResult], FileEntry]:

@@ -32,7 +32,14 @@ from megarl.config.data import DataConfig
 from megarl.config.job import CheckpointConfig, ClusterConfig, GuardConfig, LoggerConfig, RunConfig
 from megarl.config.model import ModelConfig, OptimizerConfig, ParallelConfig
 from megarl.config.reader import ConfigError, read
-from megarl.config.rollout import ResponseLengthConfig, RewardConfig, RewardFunction, RolloutConfig, ValidationConfig, WeightSyncConfig
+from megarl.config.rollout import (
+    ResponseLengthConfig,
+    RewardConfig,
+    RewardFunction,
+    RolloutConfig,
+    ValidationConfig,
+    WeightSyncConfig,
+)
 
 __all__ = [
     "AdvantageConfig",
@@ -50,12 +57,12 @@ __all__ = [
     "ParallelConfig",
     "PreferenceConfig",
     "PrimeConfig",
-    "TeacherConfig",
     "ResponseLengthConfig",
     "RewardConfig",
     "RewardFunction",
     "RolloutConfig",
     "RunConfig",
+    "TeacherConfig",
     "TrainConfig",
     "ValidationConfig",
     "WeightSyncConfig",

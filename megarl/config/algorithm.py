@@ -155,7 +155,7 @@ class PreferenceConfig:
     kto_undesirable_weight: float = 1.0
     """Weight of kto's undesirable examples."""
     bco_shift: Literal["classes", "examples", "none"] = "classes"
-    """What rewards are compared with in bco and bco_pair: half the classes' means added, the mean of all, or nothing."""
+    """What bco and bco_pair compare rewards with: half the classes' means added, the mean of all, or nothing."""
     bco_density_ratio: bool = False
     """Weigh bco's undesirable responses so that their prompts count as those of desirable ones do."""
     ties: Literal["first", "drop"] = "first"

@@ -7,7 +7,7 @@ value that is wrong anyway. These need the config alone; those of `megarl.config
 
 from typing import TYPE_CHECKING
 
-from megarl.config.algorithm import ON_POLICY
+from megarl.config.algorithm import ON_POLICY, PAIRED
 from megarl.config.machine import check_machine
 from megarl.config.sizes import (
     CP,
@@ -133,7 +133,14 @@ def _grpo(cfg: "Config") -> Problems:
     """Groups and batches of a step."""
     rollout, batch = cfg.rollout, cfg.train.train_global_batch_size
     prompts, group = rollout.num_prompts_per_step, rollout.num_generations_per_prompt
-    if rest := remainder(prompts * group, batch):
+    if cfg.algorithm == "online_dpo":
+        if rest := remainder(prompts, batch):
+            yield Problem(
+                f"rollout.num_prompts_per_step {prompts}, a pair each, do not make whole updates of "
+                f"train.train_global_batch_size {batch} pairs: {prompts} % {batch} = {rest}",
+                ("rollout.num_prompts_per_step", "train.train_global_batch_size"),
+            )
+    elif rest := remainder(prompts * group, batch):
         yield Problem(
             f"rollout.num_prompts_per_step {prompts} x rollout.num_generations_per_prompt {group} = {prompts * group} "
             f"sequences a step do not make whole updates of train.train_global_batch_size {batch} sequences: "
@@ -145,7 +152,8 @@ def _grpo(cfg: "Config") -> Problems:
             ),
         )
     if group == 1 and _compares_in_groups(cfg):
-        text = "rollout.num_generations_per_prompt = 1: a group of one is its own mean, so every advantage is r - r = 0"
+        why = "has no pair" if cfg.algorithm == "online_dpo" else "is its own mean, so every advantage is r - r = 0"
+        text = f"rollout.num_generations_per_prompt = 1: a group of one {why}"
         yield Problem(text, ("rollout.num_generations_per_prompt", "algorithm", "advantage.adv_estimator"))
     if rollout.max_num_batched_tokens is not None and rollout.max_num_batched_tokens < rollout.max_num_seqs:
         yield Problem(
@@ -164,7 +172,8 @@ def _compares_in_groups(cfg: "Config") -> bool:
     """Whether advantages compare a sample with others of its prompt."""
     estimator, baseline = cfg.advantage.adv_estimator, cfg.advantage.baseline
     by_itself = estimator == "reinforce_plus_plus" or (estimator == "reinforce" and baseline != "leave_one_out")
-    return cfg.rollout.dynamic_sampling or (cfg.algorithm == "grpo" and not by_itself)
+    always = cfg.rollout.dynamic_sampling or cfg.algorithm in ("prime", "online_dpo")
+    return always or (cfg.algorithm == "grpo" and not by_itself)
 
 
 def _lengths(cfg: "Config") -> Problems:
@@ -175,6 +184,10 @@ def _lengths(cfg: "Config") -> Problems:
         path = "rollout.max_model_len"
         text = f"{path} = {cfg.rollout.max_model_len} is less than the longest sequence: {words}"
         yield Problem(text, (path, *LENGTHS))
+    if cfg.algorithm == "online_dpo" and cfg.train.train_mb_tokens * cp < 2 * longest:
+        text = f"train.train_mb_tokens = {cfg.train.train_mb_tokens} is less than a pair of the longest: 2 x ({words})"
+        yield Problem(text, ("train.train_mb_tokens", *LENGTHS))
+        return
     for path, limit in {
         "train.train_mb_tokens": cfg.train.train_mb_tokens,
         "train.logprob_mb_tokens": cfg.train.logprob_mb_tokens,
@@ -188,7 +201,7 @@ def _lengths(cfg: "Config") -> Problems:
 def _examples(cfg: "Config") -> Problems:
     """The longest prompt leaves room to learn something; longer examples are dropped or refused as they are read."""
     prompt, budget = cfg.data.max_prompt_length, cfg.train.train_mb_tokens
-    sides = 2 if cfg.algorithm == "preference" else 1
+    sides = 2 if cfg.algorithm in PAIRED else 1
     if budget < sides * (prompt + 1):
         what, times = ("pair", "2 x (") if sides == 2 else ("example", "")
         yield Problem(

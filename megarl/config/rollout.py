@@ -27,9 +27,9 @@ class RolloutConfig:
     dynamic_sampling_max_gen_batches: int = 10
     """How often a step draws prompts for that at most."""
     dynamic_sampling_min_reward: float | None = None
-    """Of those groups, leave out the ones with a lower mean reward: too hard (PRIME takes 0.2); null leaves out none."""
+    """Leave out groups with a lower mean reward too: too hard (PRIME takes 0.2); null leaves out none."""
     dynamic_sampling_max_reward: float | None = None
-    """Of those groups, leave out the ones with a higher mean reward: too easy (PRIME takes 0.8); null leaves out none."""
+    """Leave out groups with a higher mean reward too: too easy (PRIME takes 0.8); null leaves out none."""
     max_response_length: int = 1024
     """Longest response in tokens."""
     response_length_stages: list[ResponseLengthConfig] = field(default_factory=list)

@@ -280,11 +280,11 @@ def _overrides(cfg: "Config") -> Problems:
 
 def _sampling(cfg: "Config") -> Problems:
     """Limits of responses over the steps, bounds of rewards, and whom distillation learns from."""
-    from megarl.data.curriculum import Stage, check_stages
-
     r, path = cfg.rollout, "rollout.response_length_stages"
-    stages = [Stage(stage.first_step, stage.max_response_length) for stage in r.response_length_stages]
-    if stages:
+    if r.response_length_stages:
+        from megarl.data.curriculum import Stage, check_stages  # brings the readers' libraries, which take a second
+
+        stages = [Stage(stage.first_step, stage.max_response_length) for stage in r.response_length_stages]
         try:
             check_stages(stages)
         except ValueError as error:
@@ -295,11 +295,15 @@ def _sampling(cfg: "Config") -> Problems:
     low, high = r.dynamic_sampling_min_reward, r.dynamic_sampling_max_reward
     names = ("rollout.dynamic_sampling_min_reward", "rollout.dynamic_sampling_max_reward")
     if (low is not None or high is not None) and not r.dynamic_sampling:
-        yield Problem(f"{' and '.join(names)} go with rollout.dynamic_sampling=true", (*names, "rollout.dynamic_sampling"))
+        yield Problem(
+            f"{' and '.join(names)} go with rollout.dynamic_sampling=true", (*names, "rollout.dynamic_sampling")
+        )
     if low is not None and high is not None and low > high:
         yield Problem(f"{names[0]} = {low} is above {names[1]} = {high}", names)
     if (cfg.algorithm == "distillation") != (cfg.teacher.path is not None):
-        text = f"algorithm = {cfg.algorithm} and teacher.path = {cfg.teacher.path or 'null'}: distillation has a teacher"
+        text = (
+            f"algorithm = {cfg.algorithm} and teacher.path = {cfg.teacher.path or 'null'}: distillation has a teacher"
+        )
         yield Problem(text, ("algorithm", "teacher.path"))
 
 

@@ -33,9 +33,7 @@ def bradley_terry(
     }
 
 
-def bradley_terry_tokens(
-    values: Tensor, batch: MicroBatch, cfg: PreferenceConfig
-) -> tuple[Tensor, dict[str, Tensor]]:
+def bradley_terry_tokens(values: Tensor, batch: MicroBatch, cfg: PreferenceConfig) -> tuple[Tensor, dict[str, Tensor]]:
     """`bradley_terry` of a microbatch of pairs, as a loss of the engine: [T], each token carrying its pair's.
 
     A sample's response is the one position behind its last token, whose value is the score. With
@@ -65,9 +63,7 @@ def implicit_process_reward(ratio: Tensor, outcome: Tensor, beta: float) -> tupl
     return loss, {"prm_reward": reward.detach(), "prm_accuracy": right.to(loss.dtype)}
 
 
-def implicit_process_reward_tokens(
-    logps: Tensor, batch: MicroBatch, beta: float
-) -> tuple[Tensor, dict[str, Tensor]]:
+def implicit_process_reward_tokens(logps: Tensor, batch: MicroBatch, beta: float) -> tuple[Tensor, dict[str, Tensor]]:
     """`implicit_process_reward` of a microbatch, as a loss of the engine: [T], each token carrying its response's. The
     outcome is the samples' ``score``."""
     assert batch.ref_logps is not None, "the loop computes the reference's log-probabilities"

@@ -17,6 +17,8 @@ import rich.text
 from rich.control import Control
 from rich.segment import ControlType
 
+from megarl.config.algorithm import ON_POLICY, PAIRED
+
 PLAIN_WIDTH = 160
 ETA_WINDOW = 10
 BAR_WIDTH = 24
@@ -49,9 +51,9 @@ class Console:
         self.note(f"megarl {cfg.algorithm} · run {cfg.run.root}/{cfg.run.name} · seed {cfg.run.seed}")
         self.note(f"  model    {cfg.model.path} ({cfg.model.dtype})")
         self.note(f"  layout   {mesh_line}")
-        unit = "pairs" if cfg.algorithm == "preference" else "sequences"
+        unit = "pairs" if cfg.algorithm in (*PAIRED, "online_dpo") else "sequences"
         batch = f"{cfg.train.train_global_batch_size} {unit} per update"
-        if cfg.algorithm == "grpo":
+        if cfg.algorithm in ON_POLICY:
             rollout = cfg.rollout
             batch = f"{rollout.num_prompts_per_step} prompts x {rollout.num_generations_per_prompt} a step, {batch}"
         self.note(f"  data     {cfg.data.path}, {batch}")

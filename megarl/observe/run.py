@@ -34,6 +34,7 @@ from megarl.observe.timers import Phases, PhaseWatchdog
 
 CONFIG_FILE = "config.yaml"
 EVENTS_FILE = "events.jsonl"
+SCORES_FILE = "rewards.jsonl"
 MODELS_FOLDER = "hf"
 CHECKPOINTS_FOLDER = "checkpoints"
 _SHOWN_EVENTS = 5
@@ -97,7 +98,7 @@ class Run:
             if resumed is None or not resumed.in_place:
                 _set_aside(self.dir, Path(cfg.model.path))
             else:
-                for name in (METRICS_FILE, EVENTS_FILE):
+                for name in (METRICS_FILE, EVENTS_FILE, SCORES_FILE):
                     _cut_after(self.dir / name, resumed.manifest.step)
             save(cfg, self.dir / CONFIG_FILE)
         purge = None if resumed is None else resumed.manifest.step + 1
@@ -177,6 +178,12 @@ class Run:
         if len(errors) > _SHOWN_EVENTS:
             self.console.note(f"  ... and {len(errors) - _SHOWN_EVENTS:,} more, all of them in {path}")
 
+    def scores(self, step: int, rewards: Sequence[tuple[str, float]]) -> None:
+        """Keep the prompt's id and the reward of every sample of a step in rewards.jsonl."""
+        if self.is_writer:
+            with (self.dir / SCORES_FILE).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps({"step": step, "id": i, "reward": reward}) + "\n" for i, reward in rewards)
+
     def finish(self) -> None:
         """Log what was timed after the last report, as part of that step; then the table and the picture."""
         if rest := self.phases.pop():
@@ -212,7 +219,7 @@ def _set_aside(folder: Path, model: Path) -> None:
     step 1. Its models stay if this run starts from one of them."""
     if not (folder / METRICS_FILE).exists() and not (folder / CHECKPOINTS_FOLDER).exists():
         return
-    names = [METRICS_FILE, TENSORBOARD_FOLDER, CONFIG_FILE, EVENTS_FILE, REWARD_PICTURE, LOSS_PICTURE]
+    names = [METRICS_FILE, TENSORBOARD_FOLDER, CONFIG_FILE, EVENTS_FILE, SCORES_FILE, REWARD_PICTURE, LOSS_PICTURE]
     names.append(CHECKPOINTS_FOLDER)
     if not model.resolve().is_relative_to((folder / MODELS_FOLDER).resolve()):
         names.append(MODELS_FOLDER)

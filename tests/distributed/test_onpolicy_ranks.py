@@ -1,74 +1,147 @@
-"""Every method that samples its own data, as whole runs on two ranks with real vLLM rollouts: the same steps whether
-samples or matrices are divided."""
+"""Every loop that samples, and every estimator, loss and correction in it: the same curve on every layout."""
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
 
-from tests.distributed.test_training_ranks import LAYOUTS, recipe, run  # noqa: F401
+from megarl.observe.metrics import read_metrics
+from tests.distributed import train_cases
 
-QUICK = ["validation.val_at_start=false", "validation.val_at_end=false", "checkpoint.save_at_end=false"]
-METHODS = {
-    "rloo": ["advantage.adv_estimator=rloo", "advantage.kl_coef=0.05", "loss.policy_loss=reinforce"],
-    "reinforce": ["advantage.adv_estimator=reinforce", "advantage.baseline=batch", "loss.policy_loss=reinforce"],
-    "reinforce++": ["advantage.adv_estimator=reinforce_plus_plus", "advantage.kl_coef=0.05"],
-    "reinforce++ baseline": ["advantage.adv_estimator=reinforce_plus_plus_baseline", "loss.kl_type=k2"],
-    "dr. grpo": ["advantage.normalize_by_std=false", "loss.loss_agg_mode=seq-mean-token-sum-norm"],
-    "gspo": ["loss.policy_loss=gspo", "loss.loss_agg_mode=seq-mean-token-mean", "train.ppo_epochs=2"],
-    "cispo": ["loss.policy_loss=cispo", "train.ppo_epochs=2"],
-    "dapo": [
-        "rollout.dynamic_sampling=true",
-        "loss.clip_ratio_high=0.28",
-        "loss.kl_loss_coef=0",
-        "reward.overlong_buffer_len=2",
-        "reward.overlong_filtering=true",
-        "rollout.num_prompts_per_step=4",
-    ],
-    "remax": ["algorithm=remax", "loss.policy_loss=reinforce"],
-    "ppo": ["algorithm=ppo", "train.ppo_epochs=2", "advantage.kl_coef=0.05", "advantage.kl_target=0.01"],
+# One vLLM engine over all ranks, so that every layout samples the same with the same weights.
+LAYOUTS = {
+    "1 rank": (1, []),
+    "TP2": (2, ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]),
+    "DP2": (2, []),
+    "PP2": (2, ["parallel.pipeline_model_parallel_size=2"]),
+    "CP2": (2, ["parallel.context_parallel_size=2"]),
 }
-SAME = (
-    "reward/mean",
-    "actor/loss",
-    "actor/grad_norm",
-    "critic/advantages/mean",
-    "critic/advantages/max",
-    "critic/vf_loss",
-    "critic/kl",
-    "reward/greedy",
-)
+RECIPE = """
+cluster: {{device: cpu}}
+run: {{root: {root}, max_num_steps: 12}}
+model: {{path: {model}, dtype: fp32}}
+optimizer: {{lr: 1.0e-3}}
+critic: {{optimizer: {{lr: 1.0e-3}}}}
+prime: {{optimizer: {{lr: 1.0e-3}}}}
+train: {{train_global_batch_size: 16, train_mb_tokens: 60, logprob_mb_tokens: 60}}
+data: {{path: {data}, apply_chat_template: false, max_prompt_length: 8}}
+rollout: {{num_prompts_per_step: 8, num_generations_per_prompt: 4, max_response_length: 6, kv_cache_gb: 0.02}}
+reward: {{workers: 1, functions: [{{name: "tests.fixtures.digits:even"}}]}}
+checkpoint: {{save_at_end: false}}
+"""
+SEQUENCES = "loss.loss_agg_mode=seq-mean-token-mean"
+IN_REWARD = ["advantage.kl_coef=0.05", "advantage.kl_target=0.01", "advantage.kl_horizon=100"]
+# Two updates a rollout, so that ratios leave 1 and clips bite.
+METHODS = {
+    "grpo": [SEQUENCES, "loss.kl_loss_coef=0.04", "train.ppo_epochs=2"],
+    "dr-grpo": ["advantage.normalize_by_std=false", "loss.loss_agg_mode=seq-mean-token-sum-norm"],
+    "dapo": [
+        "loss.clip_ratio_high=0.28",
+        "rollout.dynamic_sampling=true",
+        "reward.overlong_buffer_len=3",
+        "reward.overlong_filtering=true",
+    ],
+    "gspo": ["loss.policy_loss=gspo", SEQUENCES, "loss.clip_ratio_low=3e-4", "loss.clip_ratio_high=4e-4"],
+    "cispo": ["loss.policy_loss=cispo", "loss.clip_ratio_high=0.5"],
+    "dual-clip": ["loss.clip_ratio_c=3", "loss.entropy_coef=0.01"],
+    "rloo": ["advantage.adv_estimator=rloo", "loss.policy_loss=sequence_clip", SEQUENCES, *IN_REWARD],
+    "reinforce": ["advantage.adv_estimator=reinforce", "loss.policy_loss=reinforce"],
+    "reinforce++": ["advantage.adv_estimator=reinforce_plus_plus", *IN_REWARD],
+    "reinforce++-baseline": [
+        "advantage.adv_estimator=reinforce_plus_plus_baseline",
+        "loss.kl_loss_coef=0.01",
+        "loss.kl_type=k2",
+    ],
+    "tis": ["loss.truncated_importance_sampling_type=tis", "loss.kl_loss_coef=0.01", "loss.kl_type=k1"],
+    "icepop": ["loss.truncated_importance_sampling_type=icepop"],
+    "seq-mask-tis": ["loss.truncated_importance_sampling_type=seq-mask-tis"],
+    "lengthening": [
+        "rollout.response_length_stages=[{first_step: 1, max_response_length: 3}, "
+        "{first_step: 6, max_response_length: 6}]"
+    ],
+    "remax": ["algorithm=remax"],
+    "ppo": ["algorithm=ppo", "critic.critic_warmup_steps=2", "train.ppo_epochs=2", *IN_REWARD],
+    "prime": ["algorithm=prime", "rollout.dynamic_sampling=true", "rollout.dynamic_sampling_min_reward=0.05"],
+    "online-dpo": ["algorithm=online_dpo", "train.train_global_batch_size=4", "reward.missing_eos_penalty=0.1"],
+    "online-ipo": [
+        "algorithm=online_dpo",
+        "train.train_global_batch_size=8",
+        "preference.loss=ipo",
+        "preference.ties=drop",
+    ],
+    "distillation": ["algorithm=distillation"],
+}
 
 
-def compare(ranks, recipe, name, layouts):  # noqa: F811
-    first = {}
+@pytest.fixture(scope="module")
+def recipe(tiny_chat_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("on-policy")
+    data = folder / "train.jsonl"
+    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(8) for b in range(8)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE.format(root=folder / "runs", model=tiny_chat_model, data=data))
+    return path
+
+
+@pytest.fixture(scope="module")
+def larger(tiny_chat_model, tmp_path_factory):
+    """A model of twice the width and three layers, with the same tokenizer: a teacher, or a critic."""
+    import shutil
+
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = tmp_path_factory.mktemp("larger")
+    shutil.copytree(tiny_chat_model, path, dirs_exist_ok=True)
+    config = AutoConfig.from_pretrained(tiny_chat_model)
+    config.hidden_size, config.num_attention_heads, config.num_key_value_heads = 128, 4, 2
+    config.num_hidden_layers, config.layer_types = 4, ["full_attention"] * 4
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(path)
+    return path
+
+
+def curve(ranks, recipe, name, layout, overrides):
+    """The metrics of every step."""
+    world, placed = LAYOUTS[layout]
+    run = f"{name}-{layout}".replace(" ", "")
+    here = [f"run.name={run}", f"cluster.gpus_per_node={world}", f"rollout.tensor_parallel_size={world}", *placed]
+    assert ranks.run(train_cases.train, world, recipe=str(recipe), overrides=[*here, *overrides]) == ["done"] * world
+    return read_metrics(recipe.parent / "runs" / run)
+
+
+def check(ranks, recipe, name, layouts, more=(), steps=12):
+    overrides = [*METHODS[name], *more, f"run.max_num_steps={steps}"]
+    truth = curve(ranks, recipe, name, "1 rank", overrides)
+    assert len(truth) == steps
+    assert all(math.isfinite(value) for step in truth for value in step.values())
     for layout in layouts:
-        overrides = [*QUICK, *METHODS[name], *LAYOUTS[layout], "run.max_num_steps=1"]
-        folder = f"{name.replace('+', 'p').replace(' ', '-')}-{layout}"
-        outcomes, records, _ = run(ranks, recipe, folder, overrides)
-        assert outcomes == ["done", "done"]
-        first[layout] = records[-1]
-    for layout in layouts[1:]:
-        for key in SAME:
-            there, here = first[layouts[0]].get(key), first[layout].get(key)
-            assert (there is None) == (here is None), key
-            if there is not None:
-                assert math.isfinite(there)
-                assert here == pytest.approx(there, rel=1e-4, abs=1e-6), (layout, key)
-    return first[layouts[0]]
+        for step, expected in zip(curve(ranks, recipe, name, layout, overrides), truth, strict=True):
+            names = [n for n in expected if n.startswith(("actor/", "critic/", "prm/", "reward/", "rewards/"))]
+            for metric in names:
+                where = f"{name}, {layout}, step {step['step']}: {metric}"
+                assert step[metric] == pytest.approx(expected[metric], rel=1e-4, abs=2e-5), where
+    return truth
 
 
-@pytest.mark.parametrize("name", ["reinforce++", "ppo"])
-def test_the_same_step_on_two_replicas_and_two_shards(ranks, recipe, name):  # noqa: F811
-    found = compare(ranks, recipe, name, ["DP2", "TP2"])
-    assert found["critic/advantages/max"] > 0 > found["critic/advantages/min"]
-    if name == "ppo":
-        # Its values begin with 0, and both epochs' losses are means of half the squared returns, about.
-        assert found["critic/values/max"] == 0 and found["critic/vf_loss"] > 0
+@pytest.fixture
+def also(larger):
+    """Models of another size than the policy's, where a method has a second one."""
+    return {"ppo": [f"critic.path={larger}"], "distillation": [f"teacher.path={larger}"]}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(METHODS))
-def test_every_method_on_every_layout(ranks, recipe, name):  # noqa: F811
-    compare(ranks, recipe, name, ["DP2", "TP2", "PP2"])
+@pytest.mark.parametrize("layout", ["TP2", "DP2", "PP2", "CP2"])
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_on_every_layout(ranks, recipe, also, name, layout):
+    check(ranks, recipe, name, [layout], also.get(name, []))
+
+
+def test_ppo_with_a_larger_critic_on_two_replicas(ranks, recipe, also):
+    """The critic alone learns at first; its squared error falls."""
+    steps = check(ranks, recipe, "ppo", ["DP2"], also["ppo"], steps=4)
+    assert "actor/loss" not in steps[1] and "actor/loss" in steps[2]
+    assert steps[1]["critic/vf_loss"] < steps[0]["critic/vf_loss"]

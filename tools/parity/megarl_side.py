@@ -1,7 +1,7 @@
 """megarl's side of tools/compare_trl.py: ``megarl_side.py <folder> <method> ...``.
 
-Writes <folder>/megarl.json as trl_side.py writes trl.json. Methods that learn from data run as `megarl.train` runs them;
-those that sample run the steps of their loop between sampling and the push, on the completions of the file.
+Writes <folder>/megarl.json as trl_side.py writes trl.json. Methods that learn from data run as `megarl.train` runs
+them; those that sample run the steps of their loop between sampling and the push, on the completions of the file.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Needs nothing but the standard library: both sides import it, each in its own virtual environment.
 
-Equal on both sides: model, batches and their order, AdamW (lr 1e-3, constant, no decay), clipping at 1, fp32, no dropout.
-Where the two define a method differently the data or an option makes them the same; ``note`` says how.
+Equal on both sides: model, batches and their order, AdamW (lr 1e-3, constant, no decay), clipping at 1, fp32, no
+dropout. Where the two define a method differently the data or an option makes them the same; ``note`` says how.
 """
 
 from __future__ import annotations
@@ -117,7 +117,11 @@ METHODS = {
         2,
     ),
     "grpo, two updates": policy(
-        "GRPOTrainer", {**MEAN, **TRL_EPS, "loss.clip_ratio_high": 0.28}, {"loss_type": "grpo", "epsilon_high": 0.28}, "", 2
+        "GRPOTrainer",
+        {**MEAN, **TRL_EPS, "loss.clip_ratio_high": 0.28},
+        {"loss_type": "grpo", "epsilon_high": 0.28},
+        "",
+        2,
     ),
     "dr. grpo": policy(
         "GRPOTrainer",

@@ -1,7 +1,7 @@
 """TRL's side of tools/compare_trl.py: ``trl_side.py <folder> <method> ...``, in TRL's own virtual environment.
 
-Writes <folder>/trl.json: for each method the loss and gradient norm of every update, or why it did not run. Batches come
-in file order; completions are those of the file, in place of sampled ones.
+Writes <folder>/trl.json: for each method the loss and gradient norm of every update, or why it did not run. Batches
+come in file order; completions are those of the file, in place of sampled ones.
 """
 
 from __future__ import annotations

@@ -1,0 +1,160 @@
+"""A recipe made small: a random model of the same family with the same features and few layers, and a layout in which
+every dimension that the recipe divides is divided by two.
+
+What composes in the recipe composes here: tied embeddings, grouped queries, sliding windows, rope types, experts and
+their groups, shared experts, latent attention, uneven stages.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megarl.config import Config, ParallelConfig
+
+VOCABULARY = 320
+_SIZES: dict[str, Any] = {
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_attention_heads": 4,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.1,
+    "head_dim": 32,
+    "moe_intermediate_size": 64,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 48,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "sliding_window": 16,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_nextn_predict_layers": 0,
+}
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+_DROPPED = ("quantization_config", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype")
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallLayout:
+    """Sizes of the small layout, in `ParallelConfig`'s names where it has them, and the ranks they make."""
+
+    parallel: ParallelConfig
+    dp: int
+
+    @property
+    def world_size(self) -> int:
+        p = self.parallel
+        return p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size * self.dp
+
+    def describe(self) -> str:
+        p = self.parallel
+        sizes = {
+            "TP": p.tensor_model_parallel_size,
+            "PP": p.pipeline_model_parallel_size,
+            "CP": p.context_parallel_size,
+            "EP": p.expert_model_parallel_size,
+            "ETP": p.expert_tensor_parallel_size or 1,
+            "DP": self.dp,
+        }
+        shown = [f"{name}{size}" for name, size in sizes.items() if size > 1] or ["1 rank"]
+        uneven = p.num_layers_in_first_pipeline_stage or p.num_layers_in_last_pipeline_stage
+        return " ".join([*shown, *(["SP"] if p.sequence_parallel else []), *(["uneven stages"] if uneven else [])])
+
+
+def small_layout(cfg: Config, max_ranks: int) -> SmallLayout:
+    """Every dimension of the recipe's layout, cut to two. Data parallelism is given up first where ranks are too many.
+
+    Raises ValueError where the model's own dimensions already need more than ``max_ranks``.
+    """
+    p = cfg.parallel
+    world = cfg.cluster.num_nodes * cfg.cluster.gpus_per_node
+    model = p.tensor_model_parallel_size * p.pipeline_model_parallel_size * p.context_parallel_size
+
+    def two(size: int) -> int:
+        return min(size, 2)
+
+    tp, ep = two(p.tensor_model_parallel_size), two(p.expert_model_parallel_size)
+    etp = None if p.expert_tensor_parallel_size is None else two(p.expert_tensor_parallel_size)
+    first, last = p.num_layers_in_first_pipeline_stage, p.num_layers_in_last_pipeline_stage
+    pp, cp = two(p.pipeline_model_parallel_size), two(p.context_parallel_size)
+    small = dataclasses.replace(
+        p,
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        context_parallel_size=cp,
+        expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
+        # Uneven stay uneven: one layer on the stage that the recipe sets apart, three on the other.
+        num_layers_in_first_pipeline_stage=None if first is None else 1,
+        num_layers_in_last_pipeline_stage=None if last is None else (3 if first is not None else 1),
+    )
+    if pp == 2 and (first is None) != (last is None):  # with two stages the other one takes what is left
+        small = dataclasses.replace(
+            small,
+            num_layers_in_first_pipeline_stage=1 if first is not None else 3,
+            num_layers_in_last_pipeline_stage=3 if first is not None else 1,
+        )
+    needed = tp * pp * cp
+    experts = ep * (etp or tp) * pp
+    dp = max(1, experts // needed)  # experts may lie on data-parallel ranks
+    if dp == 1 and world > model and 2 * needed <= max_ranks:
+        dp = 2
+    if needed * dp > max_ranks:
+        raise ValueError(
+            f"TP{tp} x PP{pp} x CP{cp} with EP{ep} needs {needed * dp} ranks, more than --max-ranks {max_ranks}: "
+            "raise it (CPU ranks may share cores), or leave a dimension out with an override"
+        )
+    return SmallLayout(small, dp)
+
+
+def small_config(hf: Mapping[str, Any], layout: SmallLayout) -> dict[str, Any]:
+    """config.json of the small model: the recipe's model's, with other sizes."""
+    p = layout.parallel
+    small = {name: value for name, value in hf.items() if name not in _DROPPED}
+    small |= {name: value for name, value in _SIZES.items() if hf.get(name) is not None}
+    heads, groups = hf["num_attention_heads"], hf.get("num_key_value_heads") or hf["num_attention_heads"]
+    shards = p.tensor_model_parallel_size
+    fewest = min(4, shards) if groups % shards == 0 else 1
+    small["num_key_value_heads"] = 4 if groups == heads else max(fewest, 4 * groups // heads, 1)
+    small["num_hidden_layers"] = layers = 4
+    for name in _EXPERTS:
+        if hf.get(name) is not None:
+            small[name] = 8
+    if hf.get("num_experts_per_tok"):
+        small["num_experts_per_tok"] = 2
+    if hf.get("first_k_dense_replace") is not None:
+        small["first_k_dense_replace"] = min(1, hf["first_k_dense_replace"])
+    if hf.get("mlp_only_layers"):
+        small["mlp_only_layers"] = [1]
+    if hf.get("layer_types"):
+        small["layer_types"] = hf["layer_types"][:layers]
+    for name in ("rope_scaling", "rope_parameters"):
+        if isinstance(hf.get(name), Mapping) and "original_max_position_embeddings" in hf[name]:
+            small[name] = {**hf[name], "original_max_position_embeddings": 64}
+    return small
+
+
+def write_small_model(hf: Mapping[str, Any], layout: SmallLayout, folder: Path, seed: int) -> None:
+    """A random model of `small_config`, in fp32, as a Hugging Face directory."""
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    small = small_config(hf, layout)
+    architectures, kind = small.pop("architectures"), small.pop("model_type")
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**small)).float()
+    with torch.no_grad():
+        # Norms of 1 and biases of 0 would hide a mistake.
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if name.endswith("e_score_correction_bias"):
+                tensor.uniform_(-0.3, 0.3)
+            elif (tensor.dim() == 1 and not name.endswith("inv_freq")) or name.endswith("_bias"):
+                tensor.uniform_(0.5, 1.5)
+    model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text()) | {"architectures": architectures}
+    (folder / "config.json").write_text(json.dumps(config, indent=2))

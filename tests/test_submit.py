@@ -1,0 +1,172 @@
+"""`megarl submit`: the script of a job, what is refused before anything is queued, and the shell around the ranks."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from megarl.cli import main
+from megarl.config import load
+from megarl.submit import SLURM, Job, SubmitError, check, script, seconds_of, variants
+
+ROOT = Path(__file__).parents[1]
+RECIPE = str(ROOT / "examples" / "llama3.3_70b_math_grpo.yaml")
+
+
+@pytest.fixture(autouse=True)
+def outside_any_job(monkeypatch):
+    for name in ("WORLD_SIZE", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def config(*overrides):
+    return load([RECIPE, *overrides], check_model=False)
+
+
+@pytest.mark.parametrize(
+    "limit, seconds",
+    [("90", 5400), ("90:30", 5430), ("4:00:00", 14400), ("1-12", 129600), ("1-12:30", 131400), ("1-0:0:1", 86401)],
+)
+def test_time_limits_as_slurm_writes_them(limit, seconds):
+    assert seconds_of(limit) == seconds
+
+
+def test_dry_run_of_the_70b_recipe(capsys):
+    options = ["--nodes", "16", "--time", "4:00:00", "--partition", "h100", "--sbatch=--qos=high", "--dry-run"]
+    assert main(["submit", RECIPE, "optimizer.lr=2e-6", *options]) == 0
+    printed = capsys.readouterr().out
+    for line in ("--nodes=16", "--ntasks-per-node=8", "--gpus-per-node=8", "--time=4:00:00", "--signal=USR1@300"):
+        assert f"#SBATCH {line}\n" in printed
+    assert "#SBATCH --requeue\n" in printed and "#SBATCH --qos=high\n" in printed
+    assert f"arguments=({RECIPE} optimizer.lr=2e-6 cluster.num_nodes=16 checkpoint.resume_mode=continue)" in printed
+    assert subprocess.run(["bash", "-n"], input=printed, text=True, check=False).returncode == 0
+
+
+def test_the_recipe_is_checked_against_the_allocation(capsys):
+    """17 nodes of 8 ranks are 136, which TP 4 x PP 4 = 16 does not divide."""
+    assert main(["submit", RECIPE, "--nodes", "17", "--dry-run"]) == 2
+    assert "136 % 16 = 8" in capsys.readouterr().err
+
+
+def test_a_sweep_is_an_array_of_runs_with_names_of_their_own():
+    sweep = ("optimizer.lr=1e-6,2e-6", "loss.kl_type=k2,k3")
+    assert variants(sweep)[1] == ["optimizer.lr=1e-6", "loss.kl_type=k3"] and len(variants(sweep)) == 4
+    text = script(config(), Job(nodes=8, sweep=sweep), RECIPE, [])
+    assert "#SBATCH --array=0-3\n" in text
+    lines = [line for line in text.splitlines() if line.startswith(("arguments=", "sweep=", "eval"))]
+    shown = subprocess.run(
+        ["bash", "-c", "\n".join([*lines, 'printf "%s\\n" "${arguments[@]}"'])],
+        env=os.environ | {"SLURM_ARRAY_TASK_ID": "2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    wanted = ["optimizer.lr=2e-6", "loss.kl_type=k2", "run.name=llama3.3_70b_math_grpo-2"]
+    assert shown.stdout.splitlines()[-3:] == wanted
+
+
+@pytest.mark.parametrize(
+    "job, overrides, said",
+    [
+        (Job(8, time="5:00"), [], "leaves nothing before --grace 300"),
+        (Job(8, time="soon"), [], "is no time limit of Slurm's"),
+        (Job(8), ["checkpoint.save_contents=[hf]"], "must have model and optimizer"),
+        (Job(8), ["checkpoint.resume_mode=disable"], "would begin again each time"),
+        (Job(8, sweep=("optimizer.lr",)), [], "is not KEY=V1,V2"),
+    ],
+)
+def test_what_could_not_work_is_refused(job, overrides, said):
+    with pytest.raises(SubmitError, match=said.replace("[", r"\[")):
+        script(config(*overrides), job, RECIPE, [])
+
+
+def test_the_scripts_are_shell():
+    for path in (SLURM / "train.sbatch", SLURM / "env.sh"):
+        assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
+
+
+def fake_slurm(folder, srun):
+    """Commands that a batch script calls, each writing down its arguments."""
+    for name, body in {
+        "srun": srun,
+        "scontrol": 'if [ "$1" = show ]; then echo localhost; fi',
+        "sbatch": ":",
+        "sleep": ":",
+    }.items():
+        path = folder / name
+        path.write_text(f'#!/bin/bash\necho "{name} $*" >> {folder}/calls\n{body}\n')
+        path.chmod(0o755)
+    (folder / "calls").write_text("")
+
+
+@pytest.mark.parametrize(
+    "code, said, called",
+    [
+        (0, "", ""),
+        (75, "", "scontrol requeue 7"),
+        (138, "", "scontrol requeue 7"),
+        (2, "", ""),
+        (1, "ValueError: no", ""),
+        (1, "other ranks: no longer running: rank 3 on n2 (phase 'train')", "sbatch --exclude=n2 job.sh"),
+    ],
+)
+def test_what_follows_from_how_the_ranks_end(tmp_path, code, said, called):
+    """The shell around srun, with Slurm's commands replaced by ones that write down how they were called."""
+    fake_slurm(tmp_path, f'echo "{said}" >&2\nexit {code}')
+    names = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "MEGARL_SLURM": str(SLURM), "MEGARL_JOB": "job.sh"}
+    environment = (
+        os.environ | names | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MEGARL_LOGS": str(tmp_path / "logs")}
+    )
+    script_path = str(SLURM / "train.sbatch")
+    done = subprocess.run(["bash", script_path, "r.yaml"], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code, done.stderr
+    calls = (tmp_path / "calls").read_text().splitlines()
+    follow = [call for call in calls if call.startswith(("sbatch", "scontrol requeue"))]
+    assert follow == ([called] if called else [])
+    assert "srun --kill-on-bad-exit=1" in "".join(calls) and any(call.endswith("megarl r.yaml") for call in calls)
+
+
+@pytest.mark.slurm
+@pytest.mark.skipif(shutil.which("sbatch") is None, reason="needs a Slurm cluster")
+def test_a_job_of_two_nodes_is_told_to_save_and_goes_on(tiny_chat_model, tmp_path):
+    """On a real cluster with two free nodes that share this file system."""
+    import json
+    import time
+
+    from megarl.observe.metrics import read_metrics
+
+    rows = [{"prompt": f"{a}+{b}=", "response": str(a + b)} for a in range(5) for b in range(5)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"algorithm: sft\ncluster: {{gpus_per_node: 1, num_nodes: 2, device: cpu}}\n"
+        f"run: {{name: two, root: {tmp_path}, max_num_steps: 200, max_num_epochs: 999, deadline_s: 120}}\n"
+        f"model: {{path: {tiny_chat_model}, dtype: fp32}}\n"
+        f"train: {{train_global_batch_size: 8, train_mb_tokens: 200}}\n"
+        f"data: {{path: {tmp_path / 'rows.jsonl'}, apply_chat_template: false, max_prompt_length: 8}}\n"
+        f"checkpoint: {{save_contents: [model, optimizer]}}\n"
+    )
+    metrics = tmp_path / "two" / "metrics.jsonl"
+    assert main(["submit", str(recipe), "--time", "20:00"]) == 0
+
+    def wait(what, seconds=240):
+        end = time.monotonic() + seconds
+        while not what():
+            assert time.monotonic() < end, [p.read_text() for p in (tmp_path / "two" / "slurm").glob("*.out")]
+            time.sleep(0.5)
+
+    wait(lambda: metrics.exists() and metrics.read_text().count("\n") > 20)
+    subprocess.run(["scancel", "--signal=USR1", "--name=two"], check=True)
+    out = next((tmp_path / "two" / "slurm").glob("*.out"))
+    wait(lambda: "queued again" in out.read_text())
+    wait(lambda: " done\n" in out.read_text(), 400)  # Slurm waits two minutes before it starts a job again
+    assert "resumed from step" in out.read_text()
+    assert [record["step"] for record in read_metrics(tmp_path / "two")] == list(range(1, 201))
+
+
+def test_check_accepts_the_recipes_that_ship():
+    check(config(), Job(nodes=8, time="4:00:00"))
