@@ -58,6 +58,8 @@ def run(cfg: Config) -> int:
         run = Run(cfg, mesh.rank, mesh.world_size, mesh.describe(), name, watchdog, resumed)
         ALGORITHMS[cfg.algorithm](cfg, run, mesh)
         run.finish()
+        if run.stopped is not None and mesh.rank == 0:  # while all are here: srun ends those that are left
+            print(f"{run.stopped}. Exit code {EXIT_REQUEUE}: the same command goes on from there", file=sys.stderr)
         mesh.close()
     except BaseException as error:
         if not isinstance(error, told):
@@ -66,11 +68,7 @@ def run(cfg: Config) -> int:
         # Interpreter exit would wait for collectives of the others; the launcher ends them when it sees this one gone.
         os._exit(1)
     watchdog.close()
-    if run.stopped is None:
-        return 0
-    if mesh.rank == 0:
-        print(f"{run.stopped}. Exit code {EXIT_REQUEUE}: the same command goes on from there", file=sys.stderr)
-    return EXIT_REQUEUE
+    return 0 if run.stopped is None else EXIT_REQUEUE
 
 
 if __name__ == "__main__":

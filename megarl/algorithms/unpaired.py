@@ -11,22 +11,21 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
 from transformers import AutoTokenizer
 
-from megarl.algorithms.onpolicy import attach
 from megarl.algorithms.preference import named
+from megarl.algorithms.reference import Reference, labels_of, ratios
 from megarl.algorithms.sft import deal, steps_of
 from megarl.checkpoint.checkpoints import Checkpoints
 from megarl.config import Config
+from megarl.data.density import desirable_probability
 from megarl.data.prompts import PromptStream
 from megarl.data.records import Sample
 from megarl.data.unpaired import Labelled, load_unpaired
-from megarl.losses.unpaired import RewardShift, kl_baseline, mismatched, unpaired_tokens
-from megarl.model.engine import Engine, HostWeights
+from megarl.losses.unpaired import RewardShift, density_ratio, kl_baseline, mismatched, unpaired_tokens
+from megarl.model.engine import Engine
 from megarl.model.family import read_spec
 from megarl.observe.run import Run
-from megarl.parallel.collectives import gather_objects
 from megarl.parallel.mesh import Mesh
 
 
@@ -40,8 +39,9 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
         stream = PromptStream(examples, cfg.run.seed, cfg.data.shuffle)
         steps = steps_of(cfg, len(examples))
         policy = Engine(cfg, mesh, spec, temperature=1.0, total_updates=steps)
-        reference = HostWeights(policy.model)
+        reference = Reference(cfg.preference, policy, run, mesh, [sample_of(example) for example in examples])
         shift = RewardShift(cfg.preference.bco_shift)
+        density = density_of(examples) if cfg.preference.bco_density_ratio else None
         checkpoints = Checkpoints(cfg, run, mesh, policy=policy, stream=stream, shift=shift)
         checkpoints.resume()
     for step in checkpoints.steps(steps):
@@ -52,17 +52,14 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
             if cfg.preference.loss == "kto":
                 pairs = mismatched_samples(drawn, longest)
                 others = deal(pairs, [len(sample.tokens) for sample in pairs], mesh)
-            with run.phase("ref_logps"), policy.holding(reference):
-                attach("ref_logps", policy, [*batch, *others])
+            reference.attach([*batch, *others])
             with run.phase("baseline"):
                 if cfg.preference.loss == "kto":
                     baseline = kl_baseline(ratios(policy, others, mesh))
                 else:
-                    labels = gather_objects([bool(sample.desirable) for sample in batch], mesh.dp_group)
-                    desirable = torch.tensor([label for part in labels for label in part], dtype=torch.bool)
-                    shift.update(cfg.preference.beta * ratios(policy, batch, mesh), desirable)
+                    shift.update(cfg.preference.beta * ratios(policy, batch, mesh), labels_of(batch, mesh))
                     baseline = torch.tensor(shift.value)
-            loss = partial(unpaired_tokens, cfg=cfg.preference, baseline=baseline.item())
+            loss = partial(unpaired_tokens, cfg=cfg.preference, baseline=baseline.item(), density=density)
             with run.phase("train"):
                 metrics = policy.step(batch, loss, loss_agg_mode="seq-mean-token-mean")
             checkpoints.save_if_due(step)
@@ -73,6 +70,13 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
 
 def sample_of(example: Labelled) -> Sample:
     return Sample(example.id, 0, example.tokens, example.prompt_length, desirable=example.desirable)
+
+
+def density_of(examples: Sequence[Labelled]) -> dict[str, float]:
+    """Each example's weight in bco, if it is undesirable."""
+    prompts = [example.tokens[: example.prompt_length] for example in examples]
+    ratio = density_ratio(desirable_probability(prompts, [example.desirable for example in examples]))
+    return {example.id: weight for example, weight in zip(examples, ratio.tolist(), strict=True)}
 
 
 def mismatched_samples(drawn: Sequence[Labelled], longest: int) -> list[Sample]:
@@ -87,13 +91,6 @@ def mismatched_samples(drawn: Sequence[Labelled], longest: int) -> list[Sample]:
         )
         for example, j in zip(drawn, others, strict=True)
     ]
-
-
-def ratios(policy: Engine, samples: list[Sample], mesh: Mesh) -> Tensor:
-    """log pi(y) - log pi_ref(y) of the whole step's samples, of which these are this replica's; fp32, on the host."""
-    now = policy.logps(samples)
-    mine = [(logps - sample.ref_logps).sum().item() for logps, sample in zip(now, samples, strict=True)]
-    return torch.tensor([ratio for part in gather_objects(mine, mesh.dp_group) for ratio in part])
 
 
 def by_class(metrics: dict[str, float]) -> dict[str, float]:

@@ -20,6 +20,7 @@ it is collective, and all ranks decide alike.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -144,9 +145,12 @@ class Checkpoints:
         self._complete(wait=True)
 
     def save_if_due(self, step: int) -> None:
-        """Save after this step if ``checkpoint`` says so: every ``save_period`` steps, and at the end."""
+        """Save after this step if ``checkpoint`` says so: every ``save_period`` steps, and at the end; not in between
+        after a step whose update was refused, which nothing should go back to."""
         c = self.cfg.checkpoint
         last = step == self.total
+        if self._refused and not last:
+            return
         if not ((c.save_period and step % c.save_period == 0) or (last and c.save_at_end)):
             return
         with self.run.phase("save"):
@@ -371,7 +375,8 @@ class Checkpoints:
         state: dict[str, Any] = {}
         for name, engine in self.engines.items():
             state |= sharded_state(engine, prefix="" if name == POLICY else f"{name}.")
-        with self.mesh.platform(), torch.no_grad():
+        with self.mesh.platform(), torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch's, of the names by which megatron calls it
             dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
         same = manifest.layout == layout_of(self.mesh)
         own = _read_own(folder / rank_file(self.mesh.rank if same else 0))

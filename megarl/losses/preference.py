@@ -8,7 +8,7 @@ Shapes: P pairs, everything [P]. The mean over the pairs of a whole step is the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -170,6 +170,37 @@ def preference_tokens(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """`preference` of a microbatch of pairs, as a loss of the engine: [T], each token carrying its pair's."""
     loss, metrics = preference(pairs_of(logps, batch, whole_nll), cfg, **statistics)
+    return per_token(loss, batch), {name: per_token(values, batch) for name, values in metrics.items()}
+
+
+def longpo_tokens(
+    logps: Tensor, batch: MicroBatch, cfg: PreferenceConfig, prompt_lengths: Mapping[str, int]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`longpo` of a microbatch of pairs, as a loss of the engine: [T], each token carrying its pair's.
+
+    All but the first token of a chosen sequence counts as response, so that the prompt has log-probabilities too.
+
+    Args:
+        prompt_lengths: of each prompt_id, where the pair's responses begin.
+    """
+    assert batch.ref_logps is not None, "longpo compares with a reference"
+    first = torch.tensor([prompt_lengths.get(sample.prompt_id, 1) - 1 for sample in batch.samples], device=logps.device)
+    response = batch.loss_mask & (batch.positions >= batch.per_token(first))
+
+    def total(x: Tensor) -> Tensor:
+        return batch.per_sequence(torch.where(response, x, 0))
+
+    sums, ref, lengths = total(logps), total(batch.ref_logps), total(torch.ones_like(logps))
+    pairs = Pairs(
+        chosen=sums[::2],
+        rejected=sums[1::2],
+        ref_chosen=ref[::2],
+        ref_rejected=ref[1::2],
+        chosen_length=lengths[::2],
+        rejected_length=lengths[1::2],
+        whole_nll=-(batch.per_sequence(logps) / batch.lengths.clamp(min=1))[::2],
+    )
+    loss, metrics = preference(pairs, cfg)
     return per_token(loss, batch), {name: per_token(values, batch) for name, values in metrics.items()}
 
 

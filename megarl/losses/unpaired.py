@@ -143,7 +143,7 @@ def unpaired_tokens(
     if cfg.loss == "kto":
         loss = kto(ratio, desirable, baseline, cfg)
     else:
-        weights = None if density is None else ratio.new_tensor([density[s.prompt_id] for s in batch.samples])
+        weights = None if density is None else ratio.new_tensor([density.get(s.prompt_id, 1) for s in batch.samples])
         loss = bco(ratio, desirable, baseline, cfg, weights)
     reward, share = cfg.beta * ratio.detach(), desirable.to(loss.dtype)
     metrics = {"rewards/desirable": share * reward, "rewards/undesirable": (1 - share) * reward, "desirable": share}

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import importlib
 import json
 import os
 import select
@@ -141,13 +142,13 @@ class Watchdog:
         self.report(f"{type(error).__name__}: {error}", peers=collective)
 
     def _me(self) -> str:
-        return f"rank {self.rank} on {socket.gethostname()} in phase {self.phase!r}"
+        return f"rank {self.rank} on {_host()} in phase {self.phase!r}"
 
     def _beat(self) -> None:
         name, since = self._phases[-1]
         seconds = time.monotonic() - since
         self._beats += 1
-        beat = {"host": socket.gethostname(), "phase": name, "seconds": seconds, "count": self._beats}
+        beat = {"host": _host(), "phase": name, "seconds": seconds, "count": self._beats}
         with contextlib.suppress(RuntimeError, OSError):  # the store goes with rank 0, which the deadline then notices
             self._store.set(f"beat/{self.rank}", json.dumps(beat))
 
@@ -189,9 +190,8 @@ class Watchdog:
                 file.flush()
                 faulthandler.dump_traceback(file=file, all_threads=True)
             if dist.is_nccl_available() and dist.get_backend() == "nccl":
-                from torch._C._distributed_c10d import _dump_nccl_trace
-
-                (self.folder / f"nccl_{self.rank:05d}.bin").write_bytes(_dump_nccl_trace())
+                trace = importlib.import_module("torch._C._distributed_c10d")._dump_nccl_trace()
+                (self.folder / f"nccl_{self.rank:05d}.bin").write_bytes(trace)
 
     def _end(self) -> None:
         why = f"over the deadline of {self.deadline_s:.0f} s (run.deadline_s)"
@@ -201,6 +201,11 @@ class Watchdog:
         sys.stderr.flush()
         # The main thread may be inside a collective that never returns: nothing softer would end it.
         os._exit(EXIT_DEADLINE)
+
+
+def _host() -> str:
+    """This machine, by the name that Slurm would leave it out by, or its own."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def _signals_as_bytes() -> socket.socket:

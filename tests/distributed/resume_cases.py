@@ -36,3 +36,41 @@ def train(recipe: str, overrides: list[str], stop_after: int | None = None, only
     ALGORITHMS[cfg.algorithm](cfg, run, mesh)
     run.finish()
     return run.stopped
+
+
+def poisoned(
+    recipe: str, overrides: list[str], at: list[int], on_rank: int
+) -> tuple[list[int], str | None, list[float]]:
+    """Train with weights that one rank makes NaN just for these steps' updates. Returns (steps that ran, the error that
+    ended it, the policy's first weights at the end)."""
+    from megarl.algorithms import sft
+    from megarl.model.engine import Engine, NonFiniteError
+
+    cfg = load([recipe, *overrides])
+    mesh = build_mesh(cfg)
+    run = Run(cfg, mesh.rank, mesh.world_size, mesh.describe(), None, None, find(cfg, mesh))
+    ran: list[int] = []
+    engines: list[Engine] = []
+
+    class Poisoned(Engine):
+        """The real engine, with a loss that is not a number where this test says so."""
+
+        def step(self, samples, loss, **kwargs):  # type: ignore[no-untyped-def]
+            engines[:] = [self]
+            ran.append(len(ran) + 1)
+            bad = len(ran) in at and mesh.rank == on_rank
+            return super().step(samples, _not_a_number if bad else loss, **kwargs)
+
+    original, sft.Engine, error = sft.Engine, Poisoned, None
+    try:
+        sft.train(cfg, run, mesh)
+    except NonFiniteError as reason:
+        error = str(reason)
+    finally:
+        sft.Engine = original
+    run.finish()
+    return ran, error, next(engines[0].model.parameters()).detach().flatten()[:8].tolist()
+
+
+def _not_a_number(logps, batch):  # type: ignore[no-untyped-def]
+    return logps * float("nan"), {}

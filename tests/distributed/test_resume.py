@@ -106,3 +106,45 @@ def test_another_layout_goes_on(ranks, recipe, before, after):
     for ours, theirs in zip(resumed, straight, strict=True):
         for key in ("actor/loss", "actor/grad_norm", "actor/lr"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (ours["step"], key)
+
+
+def events(recipe, name):
+    path = recipe.parent / "runs" / name / "events.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def poison(ranks, recipe, name, at, *more):
+    overrides = [f"run.name={name}", "algorithm=sft", "run.max_num_steps=8", "checkpoint.save_period=2", *more]
+    kwargs = {"recipe": str(recipe), "overrides": overrides, "at": at, "on_rank": 1}
+    return ranks.run(resume_cases.poisoned, 2, **kwargs)
+
+
+def test_a_step_that_is_no_number_on_one_rank_changes_nothing_on_any(ranks, recipe):
+    """NaN in step 4 of one rank: an event that names its samples, no update, and the run goes on; both ranks alike."""
+    (ran, error, weights), (_, _, others) = poison(ranks, recipe, "nan-once", [4])
+    assert len(ran) == 8 and error is None and weights == others
+    assert all(value == value for value in weights)
+    (event,) = [e for e in events(recipe, "nan-once") if e["kind"] == "non-finite"]
+    assert event["step"] == 4 and "rows.jsonl" in event["event"] and "refused on all ranks" in event["event"]
+    records = read_metrics(recipe.parent / "runs" / "nan-once")
+    assert records[3]["actor/loss"] != records[3]["actor/loss"] and records[4]["actor/loss"] > 0
+
+
+@pytest.mark.slow
+def test_bad_steps_in_a_row_roll_back_and_other_data_follows(ranks, recipe):
+    """Steps 5, 6 and 7 are NaN: back to step 4's checkpoint; the steps after it draw what comes next, not the same."""
+    more = ["guard.max_bad_steps=3", "guard.on_bad_steps=rollback"]
+    (ran, error, weights), (_, _, others) = poison(ranks, recipe, "nan-rollback", [5, 6, 7], *more)
+    assert error is None and weights == others
+    assert len(ran) == 7 + 4  # 1 to 7, then 5 to 8 again
+    kinds = [e["kind"] for e in events(recipe, "nan-rollback")]
+    assert kinds.count("non-finite") == 3 and kinds.count("rollback") == 1
+    records = read_metrics(recipe.parent / "runs" / "nan-rollback")
+    assert [record["step"] for record in records] == list(range(1, 9))
+    assert all(record["actor/loss"] > 0 for record in records)  # the second time round
+
+
+@pytest.mark.slow
+def test_bad_steps_in_a_row_end_the_run(ranks, recipe):
+    (ran, error, _), _ = poison(ranks, recipe, "nan-abort", [3, 4], "guard.max_bad_steps=2")
+    assert len(ran) == 4 and "the run ends after step 4" in error
