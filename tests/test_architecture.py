@@ -136,11 +136,12 @@ def test_every_config_field_has_a_sentence() -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_recipe_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against the schema and its own arithmetic, with the settings that its header says to give; models and data may be
-    elsewhere."""
+    """Against the schema and its own arithmetic, with the recipe before it and the settings that its header says to
+    give; models and data may be elsewhere."""
     for name in ("WORLD_SIZE", "SLURM_PROCID"):
         monkeypatch.delenv(name, raising=False)
     name = str(path.relative_to(ROOT))
-    header = re.search(rf"^# .*{re.escape(name)}((?: \S+=\S+)*)", path.read_text(), flags=re.MULTILINE)
+    pattern = rf"^# .*?((?:examples/\S+\.yaml )?){re.escape(name)}((?: \S+=\S+)*)"
+    header = re.search(pattern, path.read_text(), flags=re.MULTILINE)
     assert header, f"{name} does not say how to run it"
-    load([str(path), *header[1].split()], check_model=False)
+    load([str(ROOT / base) for base in header[1].split()] + [str(path), *header[2].split()], check_model=False)

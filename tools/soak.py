@@ -58,7 +58,10 @@ def done(root: Path) -> int:
 
 
 def flip_a_bit(root: Path, chance: random.Random) -> None:
-    for folder in disk.finished(root / "soak" / "checkpoints")[:1]:
+    """In the newest checkpoint, if there is one before it to go back to."""
+    folders = disk.finished(root / "soak" / "checkpoints")
+    if len(folders) > 1:
+        folder = folders[0]
         victim = chance.choice(sorted(path for path in folder.iterdir() if path.stat().st_size))
         content = bytearray(victim.read_bytes())
         content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)

@@ -48,7 +48,7 @@ def sharded_state(engine: Engine, *, prefix: str = "", optimizer: bool = True) -
 
 def model_chunks(engine: Engine) -> list[torch.nn.Module]:
     """The parts of the model on this rank, as megatron's modules."""
-    return [engine.model.module]
+    return [chunk.module for chunk in engine.chunks]
 
 
 def _optimizer_state(optimizer: MegatronOptimizer, weights: dict[str, Any]) -> dict[str, Any]:

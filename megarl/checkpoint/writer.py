@@ -73,10 +73,14 @@ class HostBuffer:
             end += -(-tensor.nbytes // _ALIGN) * _ALIGN
         if len(self._bytes) < end:
             self._bytes = torch.empty(end, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        copies = []
+        copies, memory = [], self._bytes.numpy()
         for tensor, at in zip(tensors, places, strict=True):
-            copy = self._bytes[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            copies.append(copy.copy_(tensor.detach(), non_blocking=True))
+            # Not a view of the whole: torch.save writes all of the storage that a tensor is in.
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype)
+            if tensor.numel():
+                flat = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=at)
+                copy = flat.view(tensor.shape).copy_(tensor.detach(), non_blocking=True)
+            copies.append(copy)
         return copies
 
 

@@ -19,6 +19,7 @@ from megarl.config.sizes import (
     PP,
     ROLLOUT_TP,
     TP,
+    VPP,
     WORLD,
     expert_tensor_parallel,
     first_stage,
@@ -93,6 +94,9 @@ def _layout(cfg: "Config") -> Problems:
     if cfg.parallel.sequence_parallel and tp == 1:
         text = f"parallel.sequence_parallel divides activations over tensor-parallel ranks, but {TP} = 1"
         yield Problem(text, ("parallel.sequence_parallel", TP))
+    if cfg.parallel.virtual_pipeline_model_parallel_size is not None and pp == 1:
+        chunks = cfg.parallel.virtual_pipeline_model_parallel_size
+        yield Problem(f"{VPP} = {chunks} needs more than one stage, but {PP} = 1", (VPP, PP))
     for path, layers in ((FIRST, first_stage(cfg)), (LAST, last_stage(cfg))):
         if layers is not None and pp == 1:
             yield Problem(f"{path} = {layers} needs more than one stage, but {PP} = 1", (path, PP))

@@ -17,6 +17,7 @@ from megarl.config.sizes import (
     PP,
     ROLLOUT_TP,
     TP,
+    VPP,
     expert_tensor_parallel,
     first_stage,
     last_stage,
@@ -127,6 +128,11 @@ def _model_layers(cfg: "Config", spec: "ModelSpec") -> Problems:
     middle, between = spec.num_layers - sum(apart), stages - len(apart)
     minus = "".join(f" - {layers}" for layers in apart)
     words = f"the model's {spec.num_layers} layers{minus} = {middle}" if apart else f"the model's {middle} layers"
+    chunks = cfg.parallel.virtual_pipeline_model_parallel_size or 1
+    for layers in (*apart, *([middle // between] if between > 0 and middle % between == 0 else [])):
+        if rest := remainder(layers, chunks):
+            text = f"a stage's {layers} layers cannot be divided over {VPP} {chunks}: {layers} % {chunks} = {rest}"
+            yield Problem(text, ("model.path", PP, VPP, FIRST, LAST))
     if between <= 0:
         if middle != 0:
             yield Problem(f"{words}: {PP} {stages} leaves no stage for them", ("model.path", PP, FIRST, LAST))

@@ -32,6 +32,8 @@ class ParallelConfig:
     """Ranks that share each layer's matrices."""
     pipeline_model_parallel_size: int = 1
     """Stages that the layers are divided into."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Chunks of layers that each stage holds and works on in turn, so that it waits less; null does not interleave."""
     context_parallel_size: int = 1
     """Ranks that share the tokens of each sequence: for long ones."""
     sequence_parallel: bool = False

@@ -22,6 +22,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 Tree = dict[str, Any]
+RECIPE_ENDINGS = (".yaml", ".yml")
 RESOLVER = re.compile(r"\$\{[^}]*:")  # ${oc.env:HOME}; plain references such as ${run.seed} have no colon
 
 
@@ -59,13 +60,14 @@ class Reading:
 
 
 def read(schema: type, argv: Sequence[str]) -> Reading:
-    """Fill `schema` from a recipe and overrides; later ones win."""
+    """Fill `schema` from a recipe, more recipes and overrides; later ones win."""
     reading = Reading(known=list(_paths(schema)))
     tree: Tree = {}
     if not argv:
         reading.problems.append("no recipe given: the first argument is a YAML file")
     for i, argument in enumerate(argv):
-        given, origins = _read_override(argument, reading) if i else _read_recipe(argument, reading)
+        recipe = i == 0 or (argument.endswith(RECIPE_ENDINGS) and "=" not in argument)
+        given, origins = _read_recipe(argument, reading) if recipe else _read_override(argument, reading)
         _merge(tree, given)
         reading.origins |= origins
     accepted = _fill(schema, tree, "", reading)

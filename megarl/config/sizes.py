@@ -8,6 +8,7 @@ if TYPE_CHECKING:
 WORLD = ("cluster.num_nodes", "cluster.gpus_per_node")
 TP = "parallel.tensor_model_parallel_size"
 PP = "parallel.pipeline_model_parallel_size"
+VPP = "parallel.virtual_pipeline_model_parallel_size"
 CP = "parallel.context_parallel_size"
 EP = "parallel.expert_model_parallel_size"
 ETP = "parallel.expert_tensor_parallel_size"

@@ -2,7 +2,8 @@
 
 Contract: a pure function of tokens and labels, the same on every rank. A prompt is a vector of its tokens' relative
 frequencies, hashed into a fixed number of places; on these, logistic regression with a ridge of 1, as scikit-learn has
-by default (TRL uses that on embeddings of an encoder). It sees which words prompts of either kind have, not what they mean.
+by default (TRL uses that on embeddings of an encoder). It sees which words the prompts of either
+kind have, not what they mean.
 """
 
 import torch

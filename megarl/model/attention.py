@@ -20,11 +20,13 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from megarl.parallel.context import ContextShare
 
 # Queries whose mask exists at once, where keys come from other ranks: [block, keys] of it.
 _QUERY_BLOCK = 1024
+_KEPT_MASK = 1 << 20  # elements of a mask that may wait for backward
 
 
 @dataclass
@@ -179,7 +181,12 @@ class PackedAttention(MegatronModule):
                 for first in range(number * chunk, (number + 1) * chunk, _QUERY_BLOCK):
                     last = min(first + _QUERY_BLOCK, (number + 1) * chunk)
                     keys = slice(start, start + last)
-                    out.append(self._attend_block(q[at : at + last - first], k[keys], v[keys], first))
+                    block = (q[at : at + last - first], k[keys], v[keys], first)
+                    if (last - first) * last > _KEPT_MASK and torch.is_grad_enabled():
+                        # Computed again in backward: kept, the masks of all blocks would grow with the square of T.
+                        out.append(checkpoint(self._attend_block, *block, use_reentrant=False))
+                    else:
+                        out.append(self._attend_block(*block))
                     at += last - first
         return torch.cat(out)
 

@@ -169,6 +169,10 @@ def transformer_config(cfg: Config, spec: ModelSpec, mesh: Mesh) -> TransformerC
         "sequence_parallel": cfg.parallel.sequence_parallel,
         "num_layers_in_first_pipeline_stage": cfg.parallel.num_layers_in_first_pipeline_stage,
         "num_layers_in_last_pipeline_stage": cfg.parallel.num_layers_in_last_pipeline_stage,
+        "virtual_pipeline_model_parallel_size": cfg.parallel.virtual_pipeline_model_parallel_size,
+        # Megatron's batched sends pair up wrongly between two stages that are each other's next and previous one.
+        "overlap_p2p_comm": mesh.vpp_size > 1,
+        "batch_p2p_comm": mesh.vpp_size == 1,
         "variable_seq_lengths": True,
         "moe_token_dispatcher_type": "alltoall",  # variable_seq_lengths asks for it, also of dense models
         # numbers and memory
@@ -255,12 +259,14 @@ def _latent_attention(spec: ModelSpec) -> dict[str, Any]:
     }
 
 
-def layer_spec(cfg: Config, config: TransformerConfig, spec: ModelSpec, mesh: Mesh) -> TransformerBlockSubmodules:
-    """This stage's layers: Transformer Engine's, or megatron's local ones with our attention and norms in their
-    places."""
+def layer_spec(
+    cfg: Config, config: TransformerConfig, spec: ModelSpec, mesh: Mesh, chunk: int | None
+) -> TransformerBlockSubmodules:
+    """This stage's layers, of one chunk where it has several: Transformer Engine's, or megatron's local ones with our
+    attention and norms in their places."""
     engine = uses_transformer_engine(cfg, mesh.device)
-    first = get_transformer_layer_offset(config, vp_stage=None, pp_rank=mesh.pp_rank)
-    held = range(first, first + get_num_layers_to_build(config, vp_stage=None, pp_rank=mesh.pp_rank))
+    first = get_transformer_layer_offset(config, vp_stage=chunk, pp_rank=mesh.pp_rank)
+    held = range(first, first + get_num_layers_to_build(config, vp_stage=chunk, pp_rank=mesh.pp_rank))
     layer = _engine_layer if engine else _local_layer
     kinds = {moe: layer(spec, moe) for moe in {spec.is_moe(i) for i in held}}
     layers = [kinds[spec.is_moe(i)] for i in held]
@@ -300,7 +306,14 @@ def _local_layer(spec: ModelSpec, moe: bool) -> ModuleSpec:
 
 
 def build_model(cfg: Config, spec: ModelSpec, mesh: Mesh, temperature: float) -> PackedModel:
-    """This rank's part of the model, on its device, with uninitialised weights: `load_hf` fills every one of them.
+    """This rank's part of a model whose pipeline is not interleaved; see `build_chunks`."""
+    [model] = build_chunks(cfg, spec, mesh, temperature)
+    return model
+
+
+def build_chunks(cfg: Config, spec: ModelSpec, mesh: Mesh, temperature: float) -> list[PackedModel]:
+    """This rank's parts of the model, on its device, with uninitialised weights: `load_hf` fills every one of them. An
+    interleaved pipeline has several a rank: chunk k of stage p comes after chunk k of the stages before it.
 
     Raises UnsupportedModel for what converts but is not computed: multi-token prediction (`ModelSpec.without_mtp` drops
     it), and what `ModelSpec.untrainable` names.
@@ -309,16 +322,24 @@ def build_model(cfg: Config, spec: ModelSpec, mesh: Mesh, temperature: float) ->
     if refused:
         raise UnsupportedModel(f"a {spec.family.name} model with {'; '.join(refused)} converts, but cannot be trained")
     config = transformer_config(cfg, spec, mesh)
+    chunks = [None] if mesh.vpp_size == 1 else list(range(mesh.vpp_size))
+    return [_build_chunk(cfg, config, spec, mesh, temperature, chunk) for chunk in chunks]
+
+
+def _build_chunk(
+    cfg: Config, config: TransformerConfig, spec: ModelSpec, mesh: Mesh, temperature: float, chunk: int | None
+) -> PackedModel:
     parts = {
         "config": config,
-        "transformer_layer_spec": layer_spec(cfg, config, spec, mesh),
+        "transformer_layer_spec": layer_spec(cfg, config, spec, mesh, chunk),
         "vocab_size": padded_vocab(spec.vocab_size, mesh.tp_size),
         "max_sequence_length": spec.max_position_embeddings,
-        "pre_process": mesh.is_first_stage,
-        "post_process": mesh.is_last_stage,
+        "pre_process": mesh.is_first_stage and not chunk,
+        "post_process": mesh.is_last_stage and chunk in (None, mesh.vpp_size - 1),
         "share_embeddings_and_output_weights": spec.tied,
         "position_embedding_type": "rope",
         "pg_collection": mesh.groups,
+        "vp_stage": chunk,
     }
     if spec.scalar_head:
         model: PackedModel = ValueModel(**parts)

@@ -26,7 +26,7 @@ from megarl.config import Config
 from megarl.data.packing import microbatches_of, pack, positions_of
 from megarl.data.records import MicroBatch, Sample
 from megarl.model.attention import packed_layout
-from megarl.model.build import build_model, uses_transformer_engine
+from megarl.model.build import build_chunks, uses_transformer_engine
 from megarl.model.family import ModelSpec
 from megarl.model.optimizer import build_optimizer, build_scheduler
 from megarl.parallel.context import ContextShare, multiple_of, share_of
@@ -66,17 +66,24 @@ class Engine:
         self.refused: Callable[[NonFiniteError], None] = _raise  # told, on every rank, of an update that was refused
         self.transformer_engine = uses_transformer_engine(cfg, mesh.device)
         with mesh.platform():
-            model = build_model(cfg, spec, mesh, temperature)
-            load_hf(model, spec, mesh, cfg.model.path)
+            parts = build_chunks(cfg, spec, mesh, temperature)
+            # This rank's layers: one model, or several that take turns in an interleaved pipeline.
+            self.model: torch.nn.Module = parts[0] if len(parts) == 1 else torch.nn.ModuleList(parts)
+            load_hf(self.model, spec, mesh, cfg.model.path)
             ddp = DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
                 use_distributed_optimizer=cfg.optimizer.use_distributed_optimizer,
                 overlap_grad_reduce=cfg.optimizer.overlap_grad_reduce,
             )
-            self.model = DistributedDataParallel(model.config, ddp, model, pg_collection=mesh.groups)
+            config = parts[0].config
+            self.chunks = [
+                DistributedDataParallel(config, ddp, part, pg_collection=mesh.groups, disable_bucketing=k > 0)
+                for k, part in enumerate(parts)
+            ]
             if cfg.optimizer.overlap_grad_reduce:
-                model.config.no_sync_func = self.model.no_sync
-            self.optimizer = build_optimizer(cfg, self.model, mesh.device)
+                overlapped = [chunk.no_sync for chunk in self.chunks]
+                config.no_sync_func = overlapped[0] if len(overlapped) == 1 else overlapped
+            self.optimizer = build_optimizer(cfg, self.chunks, mesh.device)
             self.scheduler = build_scheduler(cfg, self.optimizer, total_updates)
 
     # ---- verbs -------------------------------------------------------------------------------------------------------
@@ -113,7 +120,8 @@ class Engine:
         """[L - 1, vocabulary] fp32 on every rank, for comparing small models with other implementations of them."""
         batch = self._pack([sample], "token-mean")
         with self.mesh.platform(), torch.no_grad():
-            collected = self._run([batch], self._logits_step, forward_only=True, collect_non_loss_data=True)
+            batches = [batch, *(self._pack([_nothing()], "token-mean") for _ in range(self._missing(1)))]
+            collected = self._run(batches, self._logits_step, forward_only=True, collect_non_loss_data=True)
         shape = (len(batch.tokens), self.spec.vocab_size)
         logits = collected[0].contiguous() if self.mesh.is_last_stage else torch.empty(shape, device=self.mesh.device)
         if self.mesh.pp_size > 1:
@@ -134,14 +142,14 @@ class Engine:
         by_response = loss_agg_mode == "seq-mean-token-mean"
         self.model.train()
         with self.mesh.platform():
-            self.model.zero_grad_buffer()
+            self._forget_gradients()
             self.optimizer.zero_grad()
             sums = self._run(batches, partial(self._loss_step, loss, by_response), forward_only=False)
             metrics = self._reduce(sums, by_response)
             poison = self._poison(metrics, samples)
             grad_norm = 0.0
             if poison is not None:
-                self.model.zero_grad_buffer()
+                self._forget_gradients()
                 self.refused(poison)
             elif metrics[
                 "tokens"
@@ -157,19 +165,19 @@ class Engine:
 
         Parameter by parameter the two are exchanged, so that neither the device nor the host ever holds a second copy.
         """
-        weights.exchange(self.model.module)
+        weights.exchange(self.model)
         try:
             yield
         finally:
-            weights.exchange(self.model.module)
+            weights.exchange(self.model)
 
     def stream(self, bucket_bytes: int, deal: Deal = to_all) -> WeightStream:
         """The model as HF tensors; see `WeightStream`."""
-        return WeightStream(self.model.module, self.spec, self.mesh, bucket_bytes, deal)
+        return WeightStream(self.model, self.spec, self.mesh, bucket_bytes, deal)
 
     def save_hf(self, path: str | Path, bucket_bytes: int) -> None:
         """Write the model as a Hugging Face directory, in place of one that is there; see `megarl.weights.save`."""
-        model, source = self.model.module, self.cfg.model.path
+        model, source = self.model, self.cfg.model.path
         save_hf(model, self.spec, self.mesh, path, source, bucket_bytes=bucket_bytes, overwrite=True)
 
     # ---- inside ------------------------------------------------------------------------------------------------------
@@ -191,9 +199,14 @@ class Engine:
             most = torch.tensor([len(batches)])
             dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.mesh.host_group)
             batches += [self._pack(nothing, loss_agg_mode) for _ in range(int(most) - len(batches))]
+        batches += [self._pack(nothing, loss_agg_mode) for _ in range(self._missing(len(batches)))]
         order = [i * together + k for group in groups for i in group for k in range(together)]
         place = {i: at for at, i in enumerate(order)}
         return batches, [place[i] for i in range(len(samples))]
+
+    def _missing(self, microbatches: int) -> int:
+        """An interleaved pipeline takes as many microbatches at a time as it has stages."""
+        return -microbatches % self.mesh.pp_size if len(self.chunks) > 1 else 0
 
     def _pack(self, samples: list[Sample], loss_agg_mode: str) -> MicroBatch:
         multiple = self.mesh.tp_size if self.cfg.parallel.sequence_parallel else 1
@@ -212,12 +225,16 @@ class Engine:
         """This rank's part of a pack, where context parallelism divides it. A loss sees the whole pack."""
         return share_of(batch.cu_seqlens, self.mesh.cp_group, self.mesh.device) if self.mesh.cp_size > 1 else None
 
+    def _forget_gradients(self) -> None:
+        for chunk in self.chunks:
+            chunk.zero_grad_buffer()
+
     def _run(self, batches: list[MicroBatch], forward_step: Callable[..., Any], **kwargs: Any) -> list[Any]:
         """Megatron's schedule over the microbatches. What the last stage's loss function returned, one a microbatch."""
         return get_forward_backward_func()(
             forward_step_func=forward_step,
-            data_iterator=iter(batches),
-            model=[self.model],
+            data_iterator=iters if len(iters := [iter(batches) for _ in self.chunks]) > 1 else iters[0],
+            model=self.chunks,
             num_microbatches=len(batches),
             seq_length=1,  # unused with variable_seq_lengths
             micro_batch_size=1,
@@ -293,7 +310,7 @@ class Engine:
 
     def _poison(self, metrics: dict[str, float], samples: list[Sample]) -> NonFiniteError | None:
         """On every rank the reason to refuse the update, if the loss or any rank's gradient is not a finite number."""
-        buffers = (*self.model.buffers, *self.model.expert_parallel_buffers)
+        buffers = [b for chunk in self.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
         gradients = sum(buffer.grad_data.sum().float() for buffer in buffers)
         finite = bool(torch.isfinite(gradients)) and math.isfinite(metrics["loss"])
         flag = torch.tensor([not finite], dtype=torch.int, device=self.mesh.device)

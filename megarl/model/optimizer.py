@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from megatron.core import optimizer as megatron_optimizer
+from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, distrib_optimizer, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -84,8 +85,8 @@ def _our_adam(device: torch.device) -> Iterator[None]:
         megatron_optimizer.USING_PYTORCH_OPTIMIZER = fallback
 
 
-def build_optimizer(cfg: Config, model: torch.nn.Module, device: torch.device) -> MegatronOptimizer:
-    """Adam over a DDP-wrapped model, sharded over data parallelism with ``use_distributed_optimizer``."""
+def build_optimizer(cfg: Config, chunks: list[DistributedDataParallel], device: torch.device) -> MegatronOptimizer:
+    """Adam over the chunks of a model, sharded over data parallelism with ``use_distributed_optimizer``."""
     o = cfg.optimizer
     config = OptimizerConfig(
         optimizer="adam",
@@ -101,7 +102,7 @@ def build_optimizer(cfg: Config, model: torch.nn.Module, device: torch.device) -
         use_distributed_optimizer=o.use_distributed_optimizer,
     )
     with _our_adam(device):
-        return get_megatron_optimizer(config, [model], use_gloo_process_groups=False)
+        return get_megatron_optimizer(config, chunks, use_gloo_process_groups=False)
 
 
 def build_scheduler(cfg: Config, optimizer: MegatronOptimizer, total_updates: int) -> OptimizerParamScheduler:

@@ -37,6 +37,7 @@ class Mesh:
     cp_rank: int
     pp_size: int
     pp_rank: int
+    vpp_size: int  # chunks of layers that each pipeline stage holds
     dp_size: int
     dp_rank: int
     ep_size: int
@@ -81,7 +82,8 @@ class Mesh:
             f", EP {self.ep_size}, ETP {self.etp_size}" if self.ep_size > 1 or self.etp_size != self.tp_size else ""
         )
         context = f", CP {self.cp_size}" if self.cp_size > 1 else ""
-        return f"{where}: TP {self.tp_size}{context}, PP {self.pp_size}, DP {self.dp_size}{experts}"
+        chunks = f" x {self.vpp_size} chunks" if self.vpp_size > 1 else ""
+        return f"{where}: TP {self.tp_size}{context}, PP {self.pp_size}{chunks}, DP {self.dp_size}{experts}"
 
     def close(self) -> None:
         """Leave together: a rank that exits first makes the others' last collective fail."""
@@ -125,6 +127,7 @@ def build_mesh(cfg: Config) -> Mesh:
             tensor_model_parallel_size=cfg.parallel.tensor_model_parallel_size,
             pipeline_model_parallel_size=cfg.parallel.pipeline_model_parallel_size,
             context_parallel_size=cfg.parallel.context_parallel_size,
+            virtual_pipeline_model_parallel_size=cfg.parallel.virtual_pipeline_model_parallel_size,
             expert_model_parallel_size=cfg.parallel.expert_model_parallel_size,
             expert_tensor_parallel_size=cfg.parallel.expert_tensor_parallel_size,  # None: as the rest of the model
             distributed_timeout_minutes=cfg.run.deadline_s / 60,
@@ -144,6 +147,7 @@ def build_mesh(cfg: Config) -> Mesh:
         cp_rank=groups.cp.rank(),
         pp_size=groups.pp.size(),
         pp_rank=groups.pp.rank(),
+        vpp_size=cfg.parallel.virtual_pipeline_model_parallel_size or 1,
         dp_size=groups.dp.size(),
         dp_rank=groups.dp.rank(),
         ep_size=groups.ep.size(),

@@ -57,6 +57,7 @@ _NOT_DIVIDED: dict[str, Any] = {
     "pipeline_model_parallel_size": 1,
     "context_parallel_size": 1,
     "sequence_parallel": False,
+    "virtual_pipeline_model_parallel_size": None,
     "expert_model_parallel_size": 1,
     "expert_tensor_parallel_size": None,
     "num_layers_in_first_pipeline_stage": None,

@@ -67,9 +67,14 @@ def measure(cfg: Config, mesh: Mesh) -> Measured:
     mine = [sample for unit in units[mesh.dp_rank :: mesh.dp_size] for sample in unit]
     logps = [x.cpu() for x in engine.logps(everything)]
     metrics = engine.step(mine, loss, loss_agg_mode=mode, together=together)
-    stream = WeightStream(engine.model.module, engine.spec, mesh, 64 << 20, value=lambda p: p.main_grad)
+    stream = WeightStream(engine.model, engine.spec, mesh, 64 << 20, value=gradient_of)
     gradients = {name: tensor.float().cpu().clone() for name, tensor in stream}
     return Measured(metrics["loss"], metrics["grad_norm"], logps, gradients)
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    """As megatron's buffers hold it, in fp32. The routers' expert biases are buffers of the model, and have none."""
+    return parameter.main_grad if parameter.requires_grad else torch.zeros_like(parameter)
 
 
 def loss_of(cfg: Config) -> tuple[Loss, str, int]:

@@ -56,6 +56,7 @@ class SmallLayout:
         sizes = {
             "TP": p.tensor_model_parallel_size,
             "PP": p.pipeline_model_parallel_size,
+            "VPP": p.virtual_pipeline_model_parallel_size or 1,
             "CP": p.context_parallel_size,
             "EP": p.expert_model_parallel_size,
             "ETP": p.expert_tensor_parallel_size or 1,
@@ -87,17 +88,18 @@ def small_layout(cfg: Config, max_ranks: int) -> SmallLayout:
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
         context_parallel_size=cp,
+        virtual_pipeline_model_parallel_size=None if p.virtual_pipeline_model_parallel_size is None else 2,
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=etp,
-        # Uneven stay uneven: one layer on the stage that the recipe sets apart, three on the other.
-        num_layers_in_first_pipeline_stage=None if first is None else 1,
-        num_layers_in_last_pipeline_stage=None if last is None else (3 if first is not None else 1),
+        # Uneven stay uneven, below: fewer layers on the stage that the recipe sets apart.
+        num_layers_in_first_pipeline_stage=None,
+        num_layers_in_last_pipeline_stage=None,
     )
-    if pp == 2 and (first is None) != (last is None):  # with two stages the other one takes what is left
+    if first is not None or last is not None:
+        ends = (2, 4) if small.virtual_pipeline_model_parallel_size else (1, 3)
+        less, more = ends if first is not None else ends[::-1]
         small = dataclasses.replace(
-            small,
-            num_layers_in_first_pipeline_stage=1 if first is not None else 3,
-            num_layers_in_last_pipeline_stage=3 if first is not None else 1,
+            small, num_layers_in_first_pipeline_stage=less, num_layers_in_last_pipeline_stage=more
         )
     needed = tp * pp * cp
     experts = ep * (etp or tp) * pp
@@ -121,7 +123,8 @@ def small_config(hf: Mapping[str, Any], layout: SmallLayout) -> dict[str, Any]:
     shards = p.tensor_model_parallel_size
     fewest = min(4, shards) if groups % shards == 0 else 1
     small["num_key_value_heads"] = 4 if groups == heads else max(fewest, 4 * groups // heads, 1)
-    small["num_hidden_layers"] = layers = 4
+    apart = p.num_layers_in_first_pipeline_stage, p.num_layers_in_last_pipeline_stage
+    small["num_hidden_layers"] = layers = sum(apart) if None not in apart else 4
     for name in _EXPERTS:
         if hf.get(name) is not None:
             small[name] = 8

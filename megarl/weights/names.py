@@ -44,12 +44,16 @@ def canonical_suffix(name: str, *, mla: bool, moe: bool, first_expert: int = 0) 
 def canonical_parameters(
     model: torch.nn.Module, spec: ModelSpec, first_expert: int = 0
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(canonical name, parameter) of every parameter of a GPTModel, with the layer's number in the whole model, and of
-    the routers' expert biases, which are buffers.
+    """(canonical name, parameter) of every parameter of a GPTModel, or of a list of chunks of one, with the layer's
+    number in the whole model, and of the routers' expert biases, which are buffers.
 
     With tied embeddings and several pipeline stages the last stage holds a copy of the embedding: it comes under the
     embedding's name. ``first_expert`` is the number of the first of this rank's experts.
     """
+    if isinstance(model, torch.nn.ModuleList):
+        for chunk in model:
+            yield from canonical_parameters(chunk, spec, first_expert)
+        return
     biases = [(name, buffer) for name, buffer in model.named_buffers() if name.endswith(_EXPERT_BIAS)]
     for name, tensor in [*model.named_parameters(), *biases]:
         match = _LAYER.fullmatch(name)

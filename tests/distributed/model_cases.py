@@ -15,6 +15,7 @@ from megarl.model.engine import Engine, HostWeights, NonFiniteError
 from megarl.model.family import read_spec
 from megarl.parallel.collectives import exchange_samples
 from megarl.parallel.mesh import Mesh, build_mesh
+from megarl.verify.measure import gradient_of
 from megarl.weights.stream import WeightStream
 
 
@@ -84,7 +85,7 @@ def one_step(
     metrics = engine.step(mine, sequence_loss, loss_agg_mode=mode)
     grads = {}
     if not engine.cfg.optimizer.use_distributed_optimizer:  # else each rank has only its shard of them
-        gradients = WeightStream(engine.model.module, engine.spec, mesh, 1 << 20, value=lambda p: p.main_grad)
+        gradients = WeightStream(engine.model, engine.spec, mesh, 1 << 20, value=gradient_of)
         grads = {name: tensor.numpy() for name, tensor in gradients}
     return metrics, grads, {name: tensor.numpy() for name, tensor in engine.stream(1 << 20)}
 

@@ -16,7 +16,7 @@ from tests.distributed.model_cases import engine_of, sequence_loss
 def parameters(recipe: str, model: str, overrides: list[str]) -> dict[str, tuple[tuple[int, ...], str]]:
     """Canonical name, shape and dtype of every parameter and persistent buffer of this rank."""
     engine = engine_of(recipe, model, overrides)
-    module = engine.model.module
+    module = engine.model
     found = list(canonical_parameters(module, engine.spec, first_expert(engine.spec, engine.mesh)))
     reached = {id(tensor) for _, tensor in found}
     stored = {name: x for name, x in module.state_dict(keep_vars=True).items() if isinstance(x, torch.Tensor)}
@@ -37,7 +37,7 @@ def one_step(
             mine.append(Sample(**fields))
             mine[-1].advantage = 1.0 if i % 3 else -0.5
     metrics = engine.step(mine, sequence_loss)
-    held = list(canonical_parameters(engine.model.module, engine.spec, first_expert(engine.spec, mesh)))
+    held = list(canonical_parameters(engine.model, engine.spec, first_expert(engine.spec, mesh)))
     gradients = {}
     if not engine.cfg.optimizer.use_distributed_optimizer:  # else each rank has only its shard of them
         gradients = {name: x.main_grad.numpy().copy() for name, x in held if isinstance(x, torch.nn.Parameter)}

@@ -60,12 +60,14 @@ def test_logits_equal_transformers(ranks, tiny_hf, recipe, family):  # noqa: F81
             np.testing.assert_allclose(got, expected, atol=1e-5, rtol=0, err_msg=f"{family}, {name}")
 
 
-def same_step(ranks, path, recipe, names, lengths):  # noqa: F811
+def same_step(ranks, path, recipe, names, lengths, family):  # noqa: F811
     arguments = {"recipe": recipe, "model": path, "samples": random_samples(lengths), "mode": "seq-mean-token-mean"}
     few = ["train.train_mb_tokens=64", "train.logprob_mb_tokens=64"]  # several microbatches
     (truth,) = ranks.run(model_cases.one_step, 1, overrides=few, **arguments)
     for name in names:
         world, overrides = layout(name)
+        if family == "gpt_oss":  # its experts have biases, which tensor parallelism does not divide
+            overrides = [*overrides, "parallel.expert_tensor_parallel_size=1"]
         for metrics, grads, weights in ranks.run(
             model_cases.one_step, world, overrides=[*overrides, *few], **arguments
         ):
@@ -80,14 +82,14 @@ def same_step(ranks, path, recipe, names, lengths):  # noqa: F811
 @pytest.mark.parametrize("name", ["CP2", "CP2 TP2 SP", "CP2 PP2"])
 def test_gradients_equal_those_of_one_rank(ranks, tiny_hf, recipe, name):  # noqa: F811
     path = str(tiny_hf("qwen2", tie_word_embeddings=True))
-    same_step(ranks, path, recipe, [name], [30, 5, 17, 2, 40, 23, 9])
+    same_step(ranks, path, recipe, [name], [30, 5, 17, 2, 40, 23, 9], "qwen2")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_of_every_family(ranks, tiny_hf, recipe, family):  # noqa: F811
     names = [name for name in LAYOUTS if "EP" not in name or family in ("qwen3_moe", "deepseek_v3", "gpt_oss")]
-    same_step(ranks, str(tiny_hf(family, **FAMILIES[family])), recipe, names, [30, 5, 17, 2, 40, 23, 9])
+    same_step(ranks, str(tiny_hf(family, **FAMILIES[family])), recipe, names, [30, 5, 17, 2, 40, 23, 9], family)
 
 
 def test_logps_of_each_response(ranks, tiny_hf, recipe):  # noqa: F811

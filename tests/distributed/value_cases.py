@@ -12,6 +12,7 @@ from megarl.data.records import MicroBatch, Sample
 from megarl.model.engine import Engine
 from megarl.model.family import read_spec
 from megarl.parallel.mesh import build_mesh
+from megarl.verify.measure import gradient_of
 from megarl.weights.stream import WeightStream
 
 
@@ -33,6 +34,6 @@ def one_step(
     if save_to:
         engine.save_hf(save_to, 1 << 20)
     metrics = engine.step(mine, squares, loss_agg_mode="seq-mean-token-mean")
-    gradients = WeightStream(engine.model.module, engine.spec, mesh, 1 << 20, value=lambda p: p.main_grad)
+    gradients = WeightStream(engine.model, engine.spec, mesh, 1 << 20, value=gradient_of)
     grads: dict[str, np.ndarray] = {name: tensor.numpy() for name, tensor in gradients}
     return {"values": values, "metrics": metrics, "grads": grads}
