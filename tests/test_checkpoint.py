@@ -68,7 +68,7 @@ def test_files_that_changed_places_or_came_from_elsewhere_are_found(tmp_path):
     (folder / "a.distcp").rename(folder / "x")
     (folder / "b.json").rename(folder / "a.distcp")
     (folder / "x").rename(folder / "b.json")
-    with pytest.raises(disk.Broken, match="a[.]distcp"):
+    with pytest.raises(disk.Broken, match=r"a[.]distcp"):
         disk.verify(folder)
     folder = save(tmp_path, 4)
     (folder / "more").write_text("")

@@ -40,6 +40,32 @@ def loaded(tmp_path, *overrides) -> Config:
             ["preference.loss=kto", "preference.kto_desirable_weight=0", "preference.kto_undesirable_weight=0"],
             "preference.kto_undesirable_weight = 0 leave nothing to learn",
         ),
+        (["algorithm=preference", "preference.loss=longpo"], "longpo needs data.reference_prompt_key"),
+        (
+            ["algorithm=unpaired", "preference.loss=kto", "preference.precompute_ref_log_probs=true"],
+            "there is nothing to compute once in kto",
+        ),
+        (["preference.ref_log_probs_path=a.jsonl"], "goes with preference.precompute_ref_log_probs=true"),
+        (["preference.bco_density_ratio=true"], "is of bco: preference.loss = dpo"),
+        (["algorithm=distillation"], "algorithm = distillation and teacher.path = null: distillation has a teacher"),
+        (["rollout.dynamic_sampling_min_reward=0.2"], "go with rollout.dynamic_sampling=true"),
+        (
+            ["rollout.response_length_stages=[{first_step: 5, max_response_length: 8}]"],
+            "the first stage must begin at step 1, found 5",
+        ),
+        (
+            ["rollout.response_length_stages=[{first_step: 1, max_response_length: 2048}]"],
+            "go up to 2048 tokens, more than rollout.max_response_length = 1024",
+        ),
+        (
+            ["algorithm=online_dpo", "train.train_global_batch_size=48"],
+            "rollout.num_prompts_per_step 64, a pair each, do not make whole updates of "
+            "train.train_global_batch_size 48 pairs: 64 % 48 = 16",
+        ),
+        (
+            ["algorithm=online_dpo", "train.train_global_batch_size=32", "train.train_mb_tokens=3000"],
+            "train.train_mb_tokens = 3000 is less than a pair of the longest: 2 x (",
+        ),
     ],
 )
 def test_settings_that_do_not_fit(tmp_path, overrides, problem):

@@ -1,5 +1,5 @@
-"""Training runs under real torchrun that are killed, told to stop, or given numbers that are none: what is lost is at most
-the steps since the last checkpoint, and what goes on is the same run."""
+"""Training runs under real torchrun that are killed, told to stop, or given numbers that are none: what is lost is at
+most the steps since the last checkpoint, and what goes on is the same run."""
 
 from __future__ import annotations
 

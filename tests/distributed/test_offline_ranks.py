@@ -16,10 +16,11 @@ LAYOUTS = {
     "TP2": (2, ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"]),
     "DP2": (2, []),
     "PP2": (2, ["parallel.pipeline_model_parallel_size=2"]),
+    "CP2": (2, ["parallel.context_parallel_size=2"]),
 }
 RECIPE = """
 cluster: {{device: cpu}}
-run: {{root: {root}, max_num_steps: 6}}
+run: {{root: {root}, max_num_steps: 12, max_num_epochs: 2}}
 model: {{path: {model}, dtype: fp32}}
 optimizer: {{lr: 1.0e-3}}
 train: {{train_global_batch_size: 8, train_mb_tokens: 60, logprob_mb_tokens: 100}}
@@ -44,6 +45,19 @@ AT_THE_START = {
     "bco": math.log(2),
 }
 PAIRED = sorted(set(PAIR_LOSSES) - {"longpo"})
+LONG = ["preference.loss=longpo", "data.prompt_key=long", "data.reference_prompt_key=prompt"]
+# Loops and options beside the losses: recipe and settings.
+OTHERS = {
+    "sft": ("preference", ["algorithm=sft", "data.response_key=chosen"]),
+    "reward_model": ("preference", ["algorithm=reward_model", "preference.center_rewards_coef=0.01"]),
+    "reward_model, margin": ("preference", ["algorithm=reward_model", "preference.margin_from_scores=true"]),
+    "longpo": ("preference", [*LONG, "preference.longpo_lambda=1"]),
+    "dpo + sft": ("preference", ["preference.sft_loss_coef=0.5"]),
+    "cdpo": ("preference", ["preference.label_smoothing=0.1"]),
+    "dpo, precomputed": ("preference", ["preference.precompute_ref_log_probs=true"]),
+    "bco, precomputed": ("unpaired", ["preference.loss=bco", "preference.precompute_ref_log_probs=true"]),
+    "bco, density": ("unpaired", ["preference.loss=bco", "preference.bco_density_ratio=true"]),
+}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +65,10 @@ def recipes(tiny_chat_model, tmp_path_factory):
     """One for pairs, one for labelled responses of unequal numbers."""
     folder = tmp_path_factory.mktemp("offline")
     sums = [(f"{a}+{b}=", str(a + b), str(a + b + 1) + "0" * (b % 3)) for a in range(8) for b in range(8)]
-    pairs = [{"prompt": p, "chosen": y, "rejected": n, "chosen_score": 2, "rejected_score": 1} for p, y, n in sums]
+    pairs = [
+        {"prompt": p, "long": "1+" + p, "chosen": y, "rejected": n, "chosen_score": 2, "rejected_score": 1}
+        for p, y, n in sums
+    ]
     labels = [{"prompt": p, "response": y if k % 3 else n, "label": bool(k % 3)} for k, (p, y, n) in enumerate(sums)]
     out = {}
     for name, rows in (("preference", pairs), ("unpaired", labels)):
@@ -63,12 +80,14 @@ def recipes(tiny_chat_model, tmp_path_factory):
 
 
 def curve(ranks, recipes, loss, layout):
-    """The metrics of every step."""
-    recipe = recipes["unpaired" if loss in ("kto", "bco") else "preference"]
+    """The metrics of every step; ``loss`` is one, or a name of `OTHERS`."""
+    plain = "unpaired" if loss in ("kto", "bco") else "preference", [f"preference.loss={loss}", *MORE.get(loss, [])]
+    name, settings = OTHERS.get(loss, plain)
+    recipe = recipes[name]
     world, overrides = LAYOUTS[layout]
     run = f"{loss}-{layout}".replace(" ", "")
-    overrides = [f"run.name={run}", f"preference.loss={loss}", f"cluster.gpus_per_node={world}", *overrides]
-    outcomes = ranks.run(train_cases.train, world, recipe=str(recipe), overrides=[*overrides, *MORE.get(loss, [])])
+    overrides = [f"run.name={run}", f"cluster.gpus_per_node={world}", *overrides, *settings]
+    outcomes = ranks.run(train_cases.train, world, recipe=str(recipe), overrides=overrides)
     assert outcomes == ["done"] * world
     return read_metrics(recipe.parent / "runs" / run)
 
@@ -77,7 +96,7 @@ def check(ranks, recipes, loss, layouts):
     truth = curve(ranks, recipes, loss, "1 rank")
     if loss in AT_THE_START:
         assert truth[0]["actor/loss"] == pytest.approx(AT_THE_START[loss], rel=1e-5)
-    assert len(truth) == 6 and all(step["actor/grad_norm"] > 0 for step in truth)
+    assert len(truth) == 12 and all(step["actor/grad_norm"] > 0 for step in truth)
     for layout in layouts:
         for step, expected in zip(curve(ranks, recipes, loss, layout), truth, strict=True):
             for name in ("actor/loss", "actor/grad_norm", *(n for n in expected if n.startswith("rewards/"))):
@@ -97,14 +116,21 @@ def test_every_loss_on_two_replicas(ranks, recipes, loss):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("loss", [*PAIRED, "kto", "bco"])
+@pytest.mark.parametrize("loss", [*PAIRED, "kto", "bco", *OTHERS])
 def test_every_loss_on_every_layout(ranks, recipes, loss):
-    check(ranks, recipes, loss, ["TP2", "DP2", "PP2"])
+    check(ranks, recipes, loss, ["TP2", "DP2", "PP2", "CP2"])
+
+
+def test_the_reference_computed_once_is_the_one_that_is_swapped_in(ranks, recipes):
+    swapped = curve(ranks, recipes, "dpo", "DP2")
+    once = curve(ranks, recipes, "dpo, precomputed", "DP2")
+    for name in ("actor/loss", "actor/grad_norm", "rewards/chosen"):
+        assert [step[name] for step in once] == pytest.approx([step[name] for step in swapped], rel=1e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("loss", ["dpo", "simpo"])
 def test_the_chosen_response_gains_on_the_rejected(ranks, recipes, loss):
-    """64 pairs, 8 a step, lr 1e-3: the margin of the last step's pairs, which it has not seen, is above 0."""
+    """64 pairs, 8 a step, lr 1e-3: in the second pass over them the margin is above 0."""
     steps = curve(ranks, recipes, loss, "1 rank")
     assert steps[-1]["rewards/margins"] > steps[0]["rewards/margins"]
     assert steps[-1]["rewards/margins"] > 0 or loss in REFERENCE_FREE

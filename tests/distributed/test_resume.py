@@ -31,6 +31,7 @@ ALGORITHMS = {
     "dpo": ["algorithm=preference"],
     "bco": ["algorithm=unpaired", "preference.loss=bco"],
     "grpo": ["algorithm=grpo", "loss.kl_loss_coef=0.01", "train.ppo_epochs=2"],
+    "ppo": ["algorithm=ppo", "loss.kl_loss_coef=0.01"],
 }
 # What depends on the clock, and on when a checkpoint was written.
 UNLIKE = ("timing_s/", "perf/", "checkpoint/")
@@ -90,10 +91,10 @@ def test_learning_from_data_resumes_bit_for_bit(ranks, recipe, what, layout):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["DP2", "TP2"])
-def test_grpo_resumes_bit_for_bit(ranks, recipe, layout):
-    """vLLM's rollouts included: their seeds are of the step and the sample."""
-    check_bits(ranks, recipe, "grpo", layout)
+@pytest.mark.parametrize("what, layout", [("grpo", "DP2"), ("grpo", "TP2"), ("ppo", "DP2")])
+def test_learning_from_rollouts_resumes_bit_for_bit(ranks, recipe, what, layout):
+    """vLLM's rollouts included: their seeds are of the step and the sample. PPO's critic too."""
+    check_bits(ranks, recipe, what, layout)
 
 
 @pytest.mark.slow
