@@ -9,7 +9,7 @@ tensors hold there does not matter.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,6 +33,9 @@ class Sample:
     returns: Tensor | None = None  # [response]: what the critic learns
     score: float | None = None  # of preference data: what a reward model or an annotator gave the response
     desirable: bool | None = None  # of unpaired preference data
+    versions: Tensor | None = None  # [response] int32: the push of weights that sampled each, where they may differ
+    finish_reason: str = ""  # of a rollout's: "stop", "length", or what its environment says
+    measures: dict[str, float] = field(default_factory=dict)  # what its environment says of it
     row: int = -1  # its place in the step's table, where it is one of a rollout's
 
     @property

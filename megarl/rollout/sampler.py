@@ -24,7 +24,8 @@ from megarl.observe.timers import Phases
 from megarl.parallel.collectives import exchange_samples, gather_objects
 from megarl.parallel.mesh import Mesh
 from megarl.rewards.runner import RewardInput, RewardResult, RewardWorkers
-from megarl.rollout.vllm_engine import Completion, Sampling, VLLMEngine
+from megarl.rollout.conversation import Completion
+from megarl.rollout.vllm_engine import Sampling, VLLMEngine
 
 # How many prompts -> the next so many
 Draw = Callable[[int], list[Prompt]]

@@ -31,6 +31,7 @@ import torch.distributed as dist
 
 from megarl.model.family import ModelSpec, read_spec
 from megarl.rollout import vllm_model
+from megarl.rollout.conversation import Completion
 from megarl.rollout.router_replay import Recorder, compact, replay_arguments
 from megarl.rollout.vllm_config import missing_cpu_kernel, missing_cpu_quantization, model_arguments
 from megarl.rollout.vllm_process import SharedProcess, leave_process_groups, set_environment
@@ -65,18 +66,6 @@ class Sampling:
         # vLLM silently raises a temperature below 0.01 to 0.01: the log-probs would be those of another policy.
         if self.temperature != 0 and not 0.01 <= self.temperature <= 2:
             raise ValueError(f"temperature={self.temperature}: give 0 (greedy) or a value from 0.01 to 2")
-
-
-@dataclass(frozen=True)
-class Completion:
-    """One sampled response."""
-
-    tokens: list[int]  # [T], the EOS or stop token included
-    logps: list[float]  # [T]
-    finish_reason: str  # "stop" or "length"
-    # With rollout.router_replay, on the first rank of an engine: [prompt + T - 1, layers with experts, top-k], the
-    # experts that every position was sent to (`megarl.rollout.router_replay`).
-    routed_experts: torch.Tensor | None = field(default=None, compare=False)
 
 
 class VLLMEngine:
