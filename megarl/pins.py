@@ -19,6 +19,7 @@ REQUIREMENTS = [
     TORCH,
     MEGATRON_CORE,
     "transformers>=5.16.1,<5.20",
+    "aiohttp>=3.12",  # rewards that ask a service
     "datasets>=4.0",
     "omegaconf>=2.4.0",  # 2.4 knows Literal types
     "safetensors>=0.6.2",

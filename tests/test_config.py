@@ -276,6 +276,8 @@ BATCH, GROUP = "train.train_global_batch_size", "rollout.num_generations_per_pro
         ({"data.adapter": "gsm9k"}, "data.adapter = 'gsm9k' is not one of gsm8k"),
         ({"reward.functions": "[]"}, "grpo needs a reward"),
         ({"reward.functions": "[{name: math}, {name: math}]"}, "math more than once"),
+        ({"reward.functions": "[{name: math, domains: [a]}]"}, "but reward.domain_key names no field"),
+        ({"reward.domain_key": "kind"}, "reward.domain_key = kind does nothing"),
         (
             {"model.recompute_granularity": "full", "model.recompute_method": "uniform"},
             "model.recompute_granularity = full needs model.recompute_num_layers",

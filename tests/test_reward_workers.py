@@ -108,6 +108,59 @@ def test_the_failing_reward_is_named_and_those_before_it_are_kept() -> None:
     assert good.total == 3.5
 
 
+def test_a_reward_with_a_batch_size_is_called_for_several_samples() -> None:
+    """Ten samples in calls of 4, 4 and 2; the reward beside it still sees one at a time. 1 + 2 pending chunks of a
+    worker are multiples of the batch, so that no call is smaller than it has to be."""
+    workers = RewardWorkers(config("misbehaving:several", "misbehaving:length", workers=1))
+    results = workers.score([sample(i, completions="x" * i) for i in range(10)])
+    workers.close()
+    calls = [4, 4, 4, 4, 4, 4, 4, 4, 2, 2]
+    assert [r.parts for r in results] == [
+        {"misbehaving:several": size, "misbehaving:length": i} for i, size in enumerate(calls)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("action", "lost", "error"),
+    [
+        ("fail", [1], r"failed: KeyError: 'this one'"),
+        ("nan", [1], r"returned nan, expected a finite number"),
+        ("raise", [0, 1, 2, 3], r"raised ValueError: the whole call"),
+        ("hang", [0, 1, 2, 3], r"timed out after 0.5 s"),
+    ],
+)
+def test_what_a_failure_in_a_call_of_several_costs(action: str, lost: list[int], error: str) -> None:
+    functions = [RewardFunction("misbehaving:several"), RewardFunction("misbehaving:length")]
+    workers = RewardWorkers(RewardConfig(functions=functions, workers=1, timeout_s=0.5))
+    results = workers.score([sample(i, answers=action if i == 1 else "") for i in range(8)])
+    workers.close()
+    assert [i for i, r in enumerate(results) if r.error] == lost
+    for i in lost:
+        assert re.match(rf"prompt train.jsonl:{i}, sample {i}: reward 'misbehaving:several' {error}", results[i].error)
+    assert {r.total for i, r in enumerate(results) if i not in lost} == {4 + 3.0}
+
+
+def test_samples_get_the_rewards_of_their_domain() -> None:
+    functions = [
+        RewardFunction("misbehaving:length", 1.0, {}, ["text", "both"]),
+        RewardFunction("exact", 10.0, {}, ["math", "both"]),
+    ]
+    workers = RewardWorkers(RewardConfig(functions=functions, workers=1, domain_key="kind"))
+    kinds = [{"kind": "text"}, {"kind": "math"}, {"kind": "both"}, {"kind": "code"}, {}]
+    results = workers.score([sample(i, completions="= 3", **kind) for i, kind in enumerate(kinds)])
+    workers.close()
+    assert [r.parts for r in results] == [
+        {"misbehaving:length": 3.0},
+        {"exact": 1.0},
+        {"misbehaving:length": 3.0, "exact": 1.0},
+        {},
+        {},
+    ]
+    assert [r.total for r in results] == [3.0, 10.0, 13.0, None, None]
+    assert "no reward is for the domain 'code', only for both, math, text" in results[3].error
+    assert "train.jsonl:4" in results[4].error and "has no 'kind' (reward.domain_key)" in results[4].error
+
+
 def test_abort_raises_the_first_error_with_the_count() -> None:
     workers = RewardWorkers(config("misbehaving:when_told", on_error="abort"))
     with pytest.raises(RewardError, match=r"2 of 4 samples could not be scored; the first: prompt train.jsonl:1,"):
@@ -185,6 +238,8 @@ def test_mistakes_are_found_at_construction() -> None:
         RewardWorkers(config("exact", "exact"))
     with pytest.raises(RewardError, match=r"no option 'scal'.*did you mean 'scale'"):
         RewardWorkers(RewardConfig(functions=[RewardFunction("misbehaving:length", 1.0, {"scal": 2})]))
+    with pytest.raises(RewardError, match=r"batch_size = 0 is not a number of samples"):
+        RewardWorkers(RewardConfig(functions=[RewardFunction("misbehaving:several", 1.0, {"batch_size": 0})]))
 
 
 def test_a_reward_that_imports_only_here_is_found_at_construction(monkeypatch: pytest.MonkeyPatch) -> None:

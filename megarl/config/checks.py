@@ -7,6 +7,7 @@ value that is wrong anyway. These need the config alone; those of `megarl.config
 
 from typing import TYPE_CHECKING
 
+from megarl.config.acting import check_acting
 from megarl.config.algorithm import ON_POLICY, PAIRED
 from megarl.config.machine import check_machine
 from megarl.config.sizes import (
@@ -41,7 +42,7 @@ def check(cfg: "Config", launched: int | None, refused: set[str], *, this_machin
     """
     ranges = list(check_ranges(cfg))  # no echoes here: a refused value left its default behind, which is in range
     refused = refused.union(*(problem.fields for problem in ranges))
-    others = [*check_values(cfg), *_launch(cfg, launched), *_layout(cfg)]
+    others = [*check_values(cfg), *check_acting(cfg), *_launch(cfg, launched), *_layout(cfg)]
     if cfg.algorithm in ON_POLICY:
         others += [*_engines(cfg), *_grpo(cfg), *_lengths(cfg)]
     else:

@@ -67,11 +67,13 @@ class RolloutConfig:
 @dataclass(frozen=True)
 class RewardFunction:
     name: str = MISSING
-    """math, exact, format, countdown, or a function of your own as package.module:function."""
+    """math, exact, format, countdown, code, http, judge, reward_model, or your own as package.module:function."""
     weight: float = 1.0
     """Factor of this reward in the sum."""
     args: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments for the function."""
+    domains: list[str] = field(default_factory=list)
+    """Values of `reward.domain_key` whose samples it scores; none means all samples."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,10 @@ class RewardConfig:
     """Rewards whose weighted sum scores a sample."""
     workers: int = 2
     """Worker processes that compute rewards, for each vLLM engine; they belong to the engine's first rank."""
+    domain_key: str | None = None
+    """Field of a record that says which of the rewards with `domains` score it (math, code, ...)."""
     timeout_s: float = 10.0
-    """Seconds that one sample may take; a worker that needs longer is killed and replaced."""
+    """Seconds that a call may take, of one sample or as many as a service takes at once; then its worker is killed."""
     overlong_buffer_len: int = 0
     """Last tokens up to `rollout.max_response_length` in which a response is penalised, linearly; 0 penalises none."""
     overlong_buffer_penalty: float = 1.0

@@ -3,7 +3,9 @@
 Contract: a reward is `def f(completions: list[str], **columns: list) -> list[float]`, as in TRL. The columns are
 `prompts`, `answers`, `completion_ids`, `finish_reasons` and every field of the data's records, each a list as long as
 `completions`. Options from the config arrive as keyword arguments. A reward that cannot judge a sample raises; 0.0
-means judged, and worth nothing.
+means judged, and worth nothing. One with an option `batch_size` is called for up to so many samples at once, and may
+return an exception in the place of a number (`megarl.rewards.plan`). Options behind a `*` in its signature are never
+taken for columns of the same name.
 
 Importing this package imports no reward: the libraries some need are loaded when `resolve` is asked for them.
 """
@@ -21,6 +23,10 @@ REWARDS = {
     "exact": "megarl.rewards.exact:exact_reward",
     "format": "megarl.rewards.format:format_reward",
     "countdown": "megarl.rewards.countdown:countdown_reward",
+    "code": "megarl.rewards.code:code_reward",
+    "http": "megarl.rewards.http:http_reward",
+    "judge": "megarl.rewards.judge:judge_reward",
+    "reward_model": "megarl.rewards.reward_model:reward_model_reward",
 }
 COLUMNS = ("completions", "prompts", "answers", "completion_ids", "finish_reasons")
 

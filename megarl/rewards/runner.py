@@ -2,16 +2,17 @@
 
 Contract: `score` returns one result per sample, in order. A reward that raises, hangs, kills its process or returns
 anything but one finite number costs that sample alone: its result has no total, and an error that names the prompt,
-the sample and what happened. A hung worker is killed and replaced, and its other samples go to the next free one.
-With on_error=abort `score` raises once all are done.
+the sample and what happened. A reward that takes several samples in a call (`megarl.rewards.plan`) costs that call's
+samples; exceptions that it returns in place of numbers cost one sample each. A hung worker is killed and replaced, and
+its other samples go to the next free one. With on_error=abort `score` raises once all are done.
 
 Workers are plain subprocesses that talk JSON over a pipe, not multiprocessing's: `spawn` imports the trainer's main
 module again in each child (and with it torch), `fork` copies a process full of threads and CUDA state, and both
 unpickle what user code sends. Columns mostly came from JSON, so that JSON loses nothing; other values (dates from
 Parquet) arrive as `str`.
 
-A worker gets samples only when it waits for them, so that sending to it cannot block. The samples of a chunk are
-answered one by one, and a sample's clock starts when the answer before it arrives.
+A worker gets samples only when it waits for them, so that sending to it cannot block. The calls of a chunk are
+answered one by one, and a call's clock starts when the answer before it arrives.
 """
 
 import json
@@ -23,13 +24,14 @@ import sys
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from megarl.config import RewardConfig
+from megarl.config import RewardConfig, RewardFunction
 from megarl.rewards import COLUMNS, RewardError, check_arguments, resolve
+from megarl.rewards.plan import BATCH_SIZE, Entry, calls_of, options, unit_size
 
 START_TIMEOUT_S = 120.0  # to import the rewards' modules, perhaps large ones from a cold network disk
 EXIT_TIMEOUT_S = 2.0  # for a worker's own exit handlers before it is killed
@@ -71,14 +73,14 @@ class WorkerFailedError(Exception):
 
 @dataclass
 class Worker:
-    """A worker process: `queue` has the indices of samples it has yet to answer, `parts` its answers on the first."""
+    """A worker process: `calls` are those it has yet to answer, `parts` its answers on their samples so far."""
 
     process: subprocess.Popen
     pipe: Connection
     deadline: float
     ready: bool = False
-    queue: deque[int] = field(default_factory=deque)
-    parts: dict[str, float] = field(default_factory=dict)
+    calls: deque[tuple[str, list[int]]] = field(default_factory=deque)
+    parts: dict[int, dict[str, float]] = field(default_factory=dict)
 
 
 class RewardWorkers:
@@ -87,7 +89,7 @@ class RewardWorkers:
     def __init__(self, config: RewardConfig) -> None:
         self.config = config
         self.weights = {entry.name: entry.weight for entry in config.functions}
-        self.check_functions()
+        self.entries = self.checked_functions()
         self.workers: list[Worker] = []
         try:
             self.workers += [self.start() for _ in range(config.workers)]
@@ -98,17 +100,28 @@ class RewardWorkers:
             self.close()
             raise
 
-    def check_functions(self) -> None:
+    def checked_functions(self) -> list[Entry]:
         """Find every mistake that needs no worker to find."""
         if not self.config.functions:
             raise RewardError("reward.functions is empty; name at least one reward")
         if len(self.weights) < len(self.config.functions):
             raise RewardError("reward.functions names a reward twice; give the second one a function of its own")
-        for entry in self.config.functions:
-            check_arguments(entry.name, resolve(entry.name), entry.args)
-            taken = [name for name in entry.args if name in COLUMNS]
-            if taken:
-                raise RewardError(f"reward {entry.name!r}: {taken[0]!r} is a column and cannot be an option")
+        return [self.checked_function(function) for function in self.config.functions]
+
+    def checked_function(self, given: RewardFunction) -> Entry:
+        function, name = resolve(given.name), f"reward {given.name!r}"
+        check_arguments(given.name, function, given.args)
+        taken = [arg for arg in given.args if arg in COLUMNS]
+        if taken:
+            raise RewardError(f"{name}: {taken[0]!r} is a column and cannot be an option")
+        every = options(function, given.args)
+        size, total = every.get(BATCH_SIZE, 1), every.get("total_timeout_s", 0)
+        if not isinstance(size, int) or size < 1:
+            raise RewardError(f"{name}: {BATCH_SIZE} = {size!r} is not a number of samples, 1 or more")
+        if total >= self.config.timeout_s:
+            limit = f"reward.timeout_s = {self.config.timeout_s:g}, when its worker is killed"
+            raise RewardError(f"{name}: total_timeout_s = {total:g} does not end before {limit}: raise the latter")
+        return Entry(given.name, given.args, given.domains, size)
 
     def start(self) -> Worker:
         """Start a worker; it is ready for samples once it has answered."""
@@ -117,20 +130,24 @@ class RewardWorkers:
         # A session of its own keeps Ctrl-C from it, and lets `kill` reach the processes that a reward has started.
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[there.fileno()], start_new_session=True)
         there.close()
-        functions = [{"name": entry.name, "args": entry.args} for entry in self.config.functions]
-        here.send_bytes(json.dumps(functions).encode())
+        here.send_bytes(json.dumps([asdict(entry) for entry in self.entries]).encode())
         return Worker(process, here, time.monotonic() + START_TIMEOUT_S)
 
     def score(self, samples: Sequence[RewardInput]) -> list[RewardResult]:
         """One result per sample, in order."""
         if not self.workers:
             raise RewardError("the reward workers have been closed")
-        results: dict[int, RewardResult] = {}
-        pending = deque(range(len(samples)))
+        domains = [self.domain(sample) for sample in samples]
+        results = {
+            index: RewardResult(None, {}, f"{samples[index].name}: {error}")
+            for index, domain in enumerate(domains)
+            if (error := self.why_unscored(domain))
+        }
+        pending = deque(index for index in range(len(samples)) if index not in results)
         try:
             while len(results) < len(samples):
-                self.hand_out(samples, pending)
-                for worker in answered([worker for worker in self.workers if worker.queue or not worker.ready]):
+                self.hand_out(samples, domains, pending)
+                for worker in answered([worker for worker in self.workers if worker.calls or not worker.ready]):
                     if worker.ready:
                         self.take_answer(worker, samples, pending, results)
                     else:
@@ -143,21 +160,39 @@ class RewardWorkers:
             raise RewardError(f"{len(errors)} of {len(samples)} samples could not be scored; the first: {errors[0]}")
         return [results[index] for index in range(len(samples))]
 
-    def hand_out(self, samples: Sequence[RewardInput], pending: deque[int]) -> None:
+    def domain(self, sample: RewardInput) -> str | None:
+        """What its record has under `reward.domain_key`."""
+        found = sample.columns.get(self.config.domain_key) if self.config.domain_key else None
+        return None if found is None else str(found)
+
+    def why_unscored(self, domain: str | None) -> str | None:
+        """Why no reward is for samples of this domain, or None if one is."""
+        if any(entry.applies(domain) for entry in self.entries):
+            return None
+        if domain is None:
+            return f"its record has no {self.config.domain_key!r} (reward.domain_key), and every reward has domains"
+        known = sorted({name for entry in self.entries for name in entry.domains})
+        return f"no reward is for the domain {domain!r}, only for {', '.join(known)}"
+
+    def hand_out(self, samples: Sequence[RewardInput], domains: list[str | None], pending: deque[int]) -> None:
         """Give each waiting worker a chunk, smaller and smaller so that all of them finish together."""
+        unit = unit_size(self.entries)
         for worker in list(self.workers):
-            if not (pending and worker.ready and not worker.queue):
+            if not (pending and worker.ready and not worker.calls):
                 continue
             size = min(MAX_CHUNK, math.ceil(len(pending) / (2 * len(self.workers))))
+            size = min(len(pending), -(-size // unit) * unit)
             chunk = [pending.popleft() for _ in range(size)]
+            message = [(samples[index].columns, domains[index]) for index in chunk]
             try:
-                worker.pipe.send_bytes(json.dumps([samples[index].columns for index in chunk], default=str).encode())
+                worker.pipe.send_bytes(json.dumps(message, default=str).encode())
             except ConnectionError:  # it died while it had nothing to do
                 pending.extendleft(reversed(chunk))
                 kill(worker)
                 self.replace(worker)
             else:
-                worker.queue.extend(chunk)
+                worker.calls = deque(calls_of(self.entries, [(index, domains[index]) for index in chunk]))
+                worker.parts = {index: {} for index in chunk}
                 worker.deadline = time.monotonic() + self.config.timeout_s
 
     def greet(self, worker: Worker) -> None:
@@ -173,25 +208,28 @@ class RewardWorkers:
     def take_answer(
         self, worker: Worker, samples: Sequence[RewardInput], pending: deque[int], results: dict[int, RewardResult]
     ) -> None:
-        """Take what one reward says of the sample that `worker` is at, and file the sample's result once complete."""
-        sample = samples[worker.queue[0]]
-        name = list(self.weights)[len(worker.parts)]
+        """Take what one reward says of the samples of a call, and file the results of those that are complete."""
+        name, call = worker.calls.popleft()
         try:
-            answer = receive(worker, self.config.timeout_s)
+            answers = receive(worker, self.config.timeout_s)
         except WorkerFailedError as failure:
-            answer = {"error": str(failure)}
-            pending.extendleft(reversed(list(worker.queue)[1:]))
+            answers = [{"error": str(failure)}] * len(call)
+            others = dict.fromkeys(index for _, later in worker.calls for index in later if index not in call)
+            pending.extendleft(reversed(others))
+            worker.calls.clear()
             self.replace(worker)
-        if "error" in answer:
-            error = f"{sample.name}: reward {name!r} {answer['error']}"
-            results[worker.queue[0]] = RewardResult(None, worker.parts, error)
-        else:
-            worker.parts[name] = answer["value"]
-            if len(worker.parts) < len(self.weights):
-                return
-            results[worker.queue[0]] = self.weighted(sample, worker.parts)
-        worker.queue.popleft()
-        worker.parts = {}
+        for index, answer in zip(call, answers, strict=True):
+            if "error" in answer:
+                error = f"{samples[index].name}: reward {name!r} {answer['error']}"
+                results[index] = RewardResult(None, worker.parts[index], error)
+            else:
+                worker.parts[index][name] = answer["value"]
+        later = [(name, [index for index in call if index not in results]) for name, call in worker.calls]
+        worker.calls = deque((name, call) for name, call in later if call)
+        waiting = {index for _, call in worker.calls for index in call}
+        for index in call:
+            if index not in results and index not in waiting:
+                results[index] = self.weighted(samples[index], worker.parts[index])
         worker.deadline = time.monotonic() + self.config.timeout_s
 
     def weighted(self, sample: RewardInput, parts: dict[str, float]) -> RewardResult:
@@ -211,7 +249,7 @@ class RewardWorkers:
             worker.pipe.close()
         for worker in self.workers:
             try:
-                worker.process.wait(0 if worker.queue else EXIT_TIMEOUT_S)
+                worker.process.wait(0 if worker.calls else EXIT_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 kill(worker)
         self.workers = []
@@ -225,7 +263,7 @@ def answered(workers: list[Worker]) -> list[Worker]:
     return [worker for worker in workers if worker.pipe in readable or worker.deadline <= now]
 
 
-def receive(worker: Worker, timeout_s: float) -> dict[str, Any]:
+def receive(worker: Worker, timeout_s: float) -> Any:
     """The answer that `worker` has given, even if this process was too slow to take it in time."""
     try:
         if worker.pipe.poll():

@@ -1,9 +1,10 @@
 """The process that runs reward functions, on the far side of `megarl.rewards.runner`'s pipe.
 
-Contract, all messages JSON: first comes the list of functions with their args, answered by {"error": null} or the
-reason why they cannot be used; then come lists of samples, answered reward by reward with {"value": number}, or with
-{"error": what went wrong}, which ends its sample. The process ends when the pipe does, and is killed when its parent
-dies, whatever it is doing.
+Contract, all messages JSON: first comes the list of functions (the fields of `plan.Entry`), answered by
+{"error": null} or the reason why they cannot be used; then come lists of [columns, domain] of samples. Each call of
+`plan.calls_of` is answered by a list with {"value": number} for each of its samples, or {"error": what went wrong},
+which keeps the sample from further calls. The process ends when the pipe does, and is killed when its parent dies,
+whatever it is doing.
 
 Only the standard library and the rewards themselves are imported here, so that a worker starts in a tenth of a
 second.
@@ -22,6 +23,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from megarl.rewards import Reward, RewardError, check_arguments, resolve
+from megarl.rewards.plan import Entry, calls_of, options
 
 PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 MAX_SHOWN = 500  # characters of a user's exception or value in an error
@@ -37,13 +39,12 @@ def main(descriptor: int, parent: int) -> None:
     os.set_inheritable(descriptor, False)  # processes that a reward starts must not keep the pipe open
     with Connection(descriptor) as pipe:
         try:
-            functions = json.loads(pipe.recv_bytes())
-            rewards = load(functions)
+            entries = [Entry(**entry) for entry in json.loads(pipe.recv_bytes())]
+            rewards = load(entries)
             send(pipe, {"error": None})
             while True:
-                for columns in json.loads(pipe.recv_bytes()):
-                    for answer in score(rewards, columns):
-                        send(pipe, answer)
+                for answers in score(entries, rewards, json.loads(pipe.recv_bytes())):
+                    send(pipe, answers)
         except RewardError as error:
             send(pipe, {"error": str(error)})
         except (EOFError, ConnectionError):
@@ -58,44 +59,71 @@ def die_with(parent: int) -> None:
         sys.exit(1)
 
 
-def send(pipe: Connection, message: dict[str, Any]) -> None:
+def send(pipe: Connection, message: Any) -> None:
     """Answer the parent."""
     pipe.send_bytes(json.dumps(message).encode())
 
 
-def load(functions: list[dict[str, Any]]) -> dict[str, tuple[Reward, dict[str, Any]]]:
-    """Each reward's function and options by its name."""
+def load(entries: list[Entry]) -> dict[str, tuple[Reward, dict[str, Any]]]:
+    """Each reward's function and options by its name; keyword-only ones are given always, so that no column is."""
     rewards = {}
-    for entry in functions:
-        function = resolve(entry["name"])
-        check_arguments(entry["name"], function, entry["args"])
-        rewards[entry["name"]] = (function, entry["args"])
+    for entry in entries:
+        function = resolve(entry.name)
+        check_arguments(entry.name, function, entry.args)
+        rewards[entry.name] = (function, options(function, entry.args, keyword_only=True))
     return rewards
 
 
-def score(rewards: dict[str, tuple[Reward, dict[str, Any]]], columns: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Every reward's value for one sample, up to the first that fails."""
-    for function, args in rewards.values():
-        batch = {name: [value] for name, value in columns.items()}
-        try:
-            returned = function(**{**batch, **args})
-        except BaseException as error:  # SystemExit too: whatever user code raises is an event with a name
-            yield {"error": f"raised {describe(error)}"}
-            return
-        problem = what_is_wrong(returned)
-        if problem:
-            yield {"error": f"returned {problem}"}
-            return
-        yield {"value": float(returned[0])}
+def score(
+    entries: list[Entry], rewards: dict[str, tuple[Reward, dict[str, Any]]], samples: list[tuple[dict, str | None]]
+) -> Iterator[list[dict[str, Any]]]:
+    """The answers to every call that these samples need."""
+    failed: set[int] = set()
+    for name, keys in calls_of(entries, [(key, domain) for key, (_, domain) in enumerate(samples)]):
+        left = [key for key in keys if key not in failed]
+        if not left:
+            continue
+        answers = call(*rewards[name], [samples[key][0] for key in left])
+        failed |= {key for key, answer in zip(left, answers, strict=True) if "error" in answer}
+        yield answers
 
 
-def what_is_wrong(returned: Any) -> str | None:
-    """Why `returned` is not a list of one finite number, or None if it is."""
+def call(function: Reward, args: dict[str, Any], samples: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a reward says of samples. An exception is all of theirs; one that it returns is of the sample in its place.
+
+    A field that only some records have is None for the others.
+    """
+    names = dict.fromkeys(name for columns in samples for name in columns)
+    batch = {name: [columns.get(name) for columns in samples] for name in names}
+    try:
+        returned = function(**{**batch, **args})
+    except BaseException as error:  # SystemExit too: whatever user code raises is an event with a name
+        return [{"error": f"raised {describe(error)}"}] * len(samples)
+    problem = what_is_wrong(returned, len(samples))
+    if problem:
+        return [{"error": f"returned {problem}"}] * len(samples)
+    return [answer(value) for value in returned]
+
+
+def answer(value: Any) -> dict[str, Any]:
+    """What a reward says of one sample."""
+    if isinstance(value, Exception):
+        return {"error": f"failed: {describe(value)}"}
+    problem = what_is_wrong_with(value)
+    return {"error": f"returned {problem}"} if problem else {"value": float(value)}
+
+
+def what_is_wrong(returned: Any, expected: int) -> str | None:
+    """Why `returned` is not a list of so many things, or None if it is."""
     if not isinstance(returned, list | tuple):
-        return f"{shown(returned)}, expected a list of 1 number"
-    if len(returned) != 1:
-        return f"{len(returned)} values, expected 1 (one for each completion)"
-    value = returned[0]
+        return f"{shown(returned)}, expected a list of {expected} number{'s' if expected > 1 else ''}"
+    if len(returned) != expected:
+        return f"{len(returned)} values, expected {expected} (one for each completion)"
+    return None
+
+
+def what_is_wrong_with(value: Any) -> str | None:
+    """Why `value` is not a finite number, or None if it is."""
     if not isinstance(value, numbers.Real):
         return f"{shown(value)}, expected a number"
     try:
@@ -112,6 +140,7 @@ def shown(value: Any) -> str:
 def describe(error: BaseException) -> str:
     """Type and message of `error`, and the last line that it passed through in the file that the reward is in."""
     message = "".join(traceback.format_exception_only(error)).strip()[:MAX_SHOWN]
-    frames = traceback.extract_tb(error.__traceback__)[1:]  # the first is the call in this file
+    frames = traceback.extract_tb(error.__traceback__)
+    frames = frames[1:] if frames and frames[0].filename == __file__ else frames  # the call in this file
     own = [frame for frame in frames if frame.filename == frames[0].filename]
     return f"{message} ({own[-1].filename}:{own[-1].lineno})" if own else message
