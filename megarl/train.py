@@ -42,7 +42,7 @@ def run(cfg: Config) -> int:
     from megarl.parallel.mesh import build_mesh, device_name
     from megarl.parallel.watchdog import Watchdog, die_with_parent
     from megarl.rewards import RewardError
-    from megarl.rollout.sampler import EmptyStepError
+    from megarl.rollout.table import EmptyStepError
     from megarl.rollout.vllm_engine import RolloutError
     from megarl.weights.hf_files import CheckpointError
 

@@ -6,7 +6,7 @@ from megarl.algorithms.credit import scores_of
 from megarl.config import RewardConfig
 from megarl.data.records import Sample
 from megarl.rewards.runner import RewardResult
-from megarl.rollout.sampler import Rollout, Row
+from megarl.rollout.table import Rollout, Row
 
 
 def rollout(rewards, first_prompt=0, lengths=None, limit=10, here=lambda row: True):

@@ -18,7 +18,7 @@ from megarl.config import AdvantageConfig, Config, RewardConfig
 from megarl.data.records import Sample
 from megarl.parallel.collectives import gather_objects, summed_over
 from megarl.parallel.mesh import Mesh
-from megarl.rollout.sampler import Rollout
+from megarl.rollout.table import Rollout
 
 
 @dataclass(frozen=True)

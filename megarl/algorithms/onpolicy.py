@@ -20,9 +20,10 @@ from megarl.model.engine import Engine, HostWeights
 from megarl.model.family import read_spec
 from megarl.observe.run import Run
 from megarl.parallel.mesh import Mesh
-from megarl.rollout.sampler import Rollout, Sampler
+from megarl.rollout.sampler import Sampler
+from megarl.rollout.table import Rollout
 from megarl.weights.stream import WeightStream
-from megarl.weights.sync import push, to_engines
+from megarl.weights.sync import to_engines
 
 
 @dataclass
@@ -55,7 +56,7 @@ class Parts:
         yield from self.checkpoints.steps(self.steps, on_rollback=self.sync)
 
     def sync(self) -> None:
-        push(self.weights, self.sampler.engine, verify=self.cfg.weight_sync.verify)
+        self.sampler.update(self.weights, version=self.checkpoints.step)
 
     def old_logps(self, samples: Sequence[Sample], *, updates: int) -> None:
         """Keep the policy's log-probabilities where its updates will move it away from them, or rewards need them."""

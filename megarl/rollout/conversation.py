@@ -9,13 +9,36 @@ what the engine saw. Tokens that the policy did not write are observations: they
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 
 from megarl.data.prompts import Prompt
 from megarl.data.records import Sample
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample. `temperature` 0 is greedy; `top_k` -1 means all tokens."""
+
+    n: int = 1
+    max_tokens: int = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = -1
+    stop_token_ids: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        if self.n < 1 or self.max_tokens < 1:
+            raise ValueError(f"n={self.n} and max_tokens={self.max_tokens} must be at least 1")
+        # vLLM silently raises a temperature below 0.01 to 0.01: the log-probs would be those of another policy.
+        if self.temperature != 0 and not 0.01 <= self.temperature <= 2:
+            raise ValueError(f"temperature={self.temperature}: give 0 (greedy) or a value from 0.01 to 2")
+
+    def greedy(self) -> Sampling:
+        """One response, of the likeliest tokens."""
+        return replace(self, n=1, temperature=0.0)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,6 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +30,7 @@ import torch.distributed as dist
 
 from megarl.model.family import ModelSpec, read_spec
 from megarl.rollout import vllm_model
-from megarl.rollout.conversation import Completion
+from megarl.rollout.conversation import Completion, Sampling
 from megarl.rollout.router_replay import Recorder, compact, replay_arguments
 from megarl.rollout.vllm_config import missing_cpu_kernel, missing_cpu_quantization, model_arguments
 from megarl.rollout.vllm_process import SharedProcess, leave_process_groups, set_environment
@@ -47,25 +46,6 @@ _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 class RolloutError(RuntimeError):
     """The engine was asked for something it cannot do; the message says what to change."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How to sample. `temperature` 0 is greedy; `top_k` -1 means all tokens."""
-
-    n: int = 1
-    max_tokens: int = 16
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = -1
-    stop_token_ids: Sequence[int] = field(default_factory=tuple)
-
-    def __post_init__(self) -> None:
-        if self.n < 1 or self.max_tokens < 1:
-            raise ValueError(f"n={self.n} and max_tokens={self.max_tokens} must be at least 1")
-        # vLLM silently raises a temperature below 0.01 to 0.01: the log-probs would be those of another policy.
-        if self.temperature != 0 and not 0.01 <= self.temperature <= 2:
-            raise ValueError(f"temperature={self.temperature}: give 0 (greedy) or a value from 0.01 to 2")
 
 
 class VLLMEngine:
