@@ -207,7 +207,8 @@ def test_pairs(tmp_path: Path, name: str) -> None:
     )
     assert TOKENIZER.decode(pair.chosen[pair.prompt_length :]) == f"{chosen}<|im_end|>"
     assert TOKENIZER.decode(pair.rejected[pair.prompt_length :]) == f"{rejected}<|im_end|>"
-    assert pair.reward_gap == gap
+    scores = pair.chosen_score, pair.rejected_score
+    assert (None if None in scores else scores[0] - scores[1]) == gap
 
 
 @pytest.mark.parametrize("name", PAIRS)

@@ -9,7 +9,6 @@ from megarl.advantages import (
     AdaptiveKL,
     choose_pairs,
     missing_eos_penalty,
-    overlong_filtering,
     sequence_rewards,
     soft_overlong_penalty,
 )
@@ -25,11 +24,6 @@ def test_soft_overlong_penalty():
 def test_missing_eos_penalty():
     got = missing_eos_penalty(torch.tensor([1.0, 1.0]), torch.tensor([True, False]), 0.5)
     assert got.tolist() == [1.0, 0.5]
-
-
-def test_overlong_filtering_masks_truncated_responses():
-    mask = torch.tensor([[True, False], [True, True]])
-    assert overlong_filtering(mask, torch.tensor([False, True])).tolist() == [[True, False], [False, False]]
 
 
 def test_kl_of_whole_responses_is_taken_off_their_scores():

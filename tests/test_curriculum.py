@@ -12,7 +12,6 @@ from megarl.data.curriculum import (
     check_stages,
     impact_scores,
     max_response_length_at,
-    most_impact,
     read_pass_rates,
     trajectories,
 )
@@ -121,8 +120,6 @@ def test_impact_by_hand() -> None:
     assert scores["mean"] == 1.0
     assert scores["easy"] == pytest.approx(0.0)
     assert scores["late"] == pytest.approx(1 - (0.25 + 0.0625) / 0.3125)
-    assert most_impact(scores, threshold=0.6) == ["mean"]
-    assert most_impact({"a": 0.6, "b": 0.9, "c": 0.59}) == ["b", "a"]
 
 
 def test_gaps_take_the_next_epoch_and_an_open_end_has_no_score() -> None:

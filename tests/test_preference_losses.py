@@ -305,3 +305,15 @@ def test_half_a_pair_and_a_pair_of_two_prompts_are_refused():
         pairs_of(logps, batch)
     with pytest.raises(ValueError, match="1 responses in a microbatch of pairs, the last of prompt p, sample 0"):
         pairs_of(torch.zeros(1), pack([Sample("p", 0, [1, 2], 1)], CPU))
+
+
+def test_a_pair_with_one_masked_response_is_refused():
+    """It would count as one sequence, half a pair. With both masked it is no pair, and counts for nothing."""
+    masked = [torch.zeros(1, dtype=torch.bool), torch.zeros(2, dtype=torch.bool)]
+    samples = [Sample("p", 0, [1, 2], 1), Sample("p", 1, [1, 2, 3], 1, loss_mask=masked[1])]
+    with pytest.raises(ValueError, match="one response has no token that counts: prompt p, sample 1"):
+        pairs_of(torch.zeros(3), pack(samples, CPU))
+    samples[0].loss_mask = masked[0]
+    batch = pack(samples, CPU, loss_agg_mode="seq-mean-token-mean")
+    loss, _ = preference_tokens(torch.ones(3), batch, config("dpo"))
+    assert batch.count == 0 and (loss * batch.weights).tolist() == [0, 0, 0]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from megarl.config import DataConfig
-from megarl.data.preferences import Pair, load_pairs
+from megarl.data.preferences import Pair, load_pairs, need_scores
 from megarl.data.reading import DataError
 from tests.byte_tokenizer import byte_tokenizer
 
@@ -59,7 +59,7 @@ def test_every_layout_gives_the_same_tokens(tmp_path: Path, layout: str) -> None
     (pair,) = load_pairs(data(tmp_path, LAYOUTS[layout]), TOKENIZER, max_tokens=256)
     assert pair.id == "pairs.jsonl:1"
     assert texts(pair) == (PROMPT, "four<|im_end|>", "five<|im_end|>")
-    assert pair.reward_gap is None
+    assert pair.chosen_score is pair.rejected_score is None
 
 
 def test_keys_can_be_named(tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def test_keys_can_be_named(tmp_path: Path) -> None:
     config = data(tmp_path, record, **keys, chosen_score_key="s1", rejected_score_key="s2")
     (pair,) = load_pairs(config, TOKENIZER, max_tokens=256)
     assert texts(pair) == (PROMPT, "four<|im_end|>", "five<|im_end|>")
-    assert (pair.chosen_score, pair.rejected_score, pair.reward_gap) == (8.0, 2.5, 5.5)
+    assert (pair.chosen_score, pair.rejected_score) == (8.0, 2.5)
 
 
 def test_several_turns_and_a_system_message_are_the_prompt(tmp_path: Path) -> None:
@@ -92,14 +92,14 @@ def test_the_best_of_ranked_responses_meets_the_worst(tmp_path: Path) -> None:
     (pair,) = load_pairs(data(tmp_path, RANKED), TOKENIZER, max_tokens=256)
     assert pair.id == "pairs.jsonl:1#1>0"
     assert texts(pair) == (PROMPT, "four<|im_end|>", "three<|im_end|>")
-    assert pair.reward_gap == 8
+    assert (pair.chosen_score, pair.rejected_score) == (9, 1)
 
 
 def test_all_pairs_of_ranked_responses_but_those_of_equal_score(tmp_path: Path) -> None:
     pairs = load_pairs(data(tmp_path, RANKED, ranked_pairs="all"), TOKENIZER, max_tokens=256)
     # Of the 6 pairs 1 and 3 are equal.
     assert [pair.id.split("#")[1] for pair in pairs] == ["1>0", "2>0", "3>0", "1>2", "3>2"]
-    assert [pair.reward_gap for pair in pairs] == [8, 1, 8, 7, 7]
+    assert [pair.chosen_score - pair.rejected_score for pair in pairs] == [8, 1, 8, 7, 7]
 
 
 def test_ranked_responses_may_bring_their_scores(tmp_path: Path) -> None:
@@ -165,3 +165,18 @@ def test_the_reference_may_read_another_prompt(tmp_path: Path) -> None:
 def test_an_adapter_without_pairs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.adapter='gsm8k' has no responses and no scores: it gives prompt"):
         load_pairs(data(tmp_path, STRINGS, adapter="gsm8k"), TOKENIZER, max_tokens=256)
+
+
+def test_a_pair_without_scores_is_named_before_the_first_step(tmp_path: Path) -> None:
+    """Of three, the second and third have none; rpo and margins need them."""
+    plain = {"prompt": "2+2?", "chosen": "four", "rejected": "five"}
+    config = data(tmp_path, {**plain, "chosen_score": 8, "rejected_score": 1}, plain, plain)
+    pairs = load_pairs(config, TOKENIZER, max_tokens=256)
+    need_scores(pairs[:1], config, "preference.loss = rpo_sq")
+    with pytest.raises(DataError) as caught:
+        need_scores(pairs, config, "preference.loss = rpo_sq")
+    expected = (
+        "pairs.jsonl:2: has no scores (data.chosen_score_key='chosen_score' and "
+        "data.rejected_score_key='rejected_score'), which preference.loss = rpo_sq needs, nor have 1 other pairs"
+    )
+    assert str(caught.value) == expected

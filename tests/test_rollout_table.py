@@ -1,12 +1,14 @@
 """The table of a step's samples: which groups stay, and how several rollouts become one."""
 
+from dataclasses import replace
+
 import pytest
 
 from megarl.algorithms.credit import scores_of
 from megarl.config import RewardConfig
 from megarl.data.records import Sample
 from megarl.rewards.runner import RewardResult
-from megarl.rollout.table import Rollout, Row
+from megarl.rollout.table import EmptyStepError, Rollout, Row, not_empty
 
 
 def rollout(rewards, first_prompt=0, lengths=None, limit=10, here=lambda row: True):
@@ -37,6 +39,15 @@ def test_several_rollouts_are_one_under_new_numbers():
     both = Rollout.joined([first, rollout([[1, 0], [0, 1]])])
     assert both.groups.tolist() == [0, 0, 1, 1, 2, 2] and both.num_gen_batches == 2
     assert sorted(both.mine) == [0, 2, 3, 4, 5]  # row 1 was sampled elsewhere
+
+
+def test_a_draw_without_any_scored_group_is_no_loss_where_others_were_drawn():
+    """What a dynamic sampler joins: nothing from the first draw, two groups from the second."""
+    none = replace(rollout([]), errors=["it raised"])
+    both = Rollout.joined([none.mixed(), rollout([[1, 0], [0, 1]])])
+    assert both.prompts == [0, 1] and both.errors == ["it raised"] and both.num_gen_batches == 2
+    with pytest.raises(EmptyStepError, match="no group of this step could be scored; the first of 1 errors: it raised"):
+        not_empty(none)
 
 
 @pytest.mark.parametrize(

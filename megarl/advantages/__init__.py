@@ -21,7 +21,6 @@ from megarl.advantages.shaping import (
     AdaptiveKL,
     choose_pairs,
     missing_eos_penalty,
-    overlong_filtering,
     sequence_rewards,
     soft_overlong_penalty,
 )
@@ -36,7 +35,6 @@ from megarl.advantages.tokens import (
     reinforce_pp_baseline,
     reward_to_go,
     token_rewards,
-    unpad,
     whiten,
 )
 
@@ -50,7 +48,6 @@ __all__ = [
     "keep_mixed",
     "missing_eos_penalty",
     "moments",
-    "overlong_filtering",
     "pad",
     "prime",
     "process_means",
@@ -63,7 +60,6 @@ __all__ = [
     "sequence_rewards",
     "soft_overlong_penalty",
     "token_rewards",
-    "unpad",
     "whiten",
     "zero_variance_fraction",
 ]

@@ -36,12 +36,6 @@ def missing_eos_penalty(scores: Tensor, finished: Tensor, penalty: float) -> Ten
     return torch.where(finished, scores, scores - penalty)
 
 
-def overlong_filtering(mask: Tensor, truncated: Tensor) -> Tensor:
-    """[N, L]: the mask without truncated responses (DAPO, 2503.14476, section 3.4). They keep their place in their
-    group's mean and are in no loss and no denominator."""
-    return mask & ~truncated[:, None]
-
-
 def choose_pairs(rewards: Tensor, groups: Tensor, *, ties: str = "first") -> list[tuple[int, int]]:
     """(chosen, rejected) rows, the best and the worst sample of each group (online DPO, 2402.04792), in the order of
     the groups' first rows.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from megarl.advantages.groups import Grouping
+from megarl.advantages.groups import Grouping, grpo
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -23,12 +23,7 @@ def pad(parts: Sequence[Tensor]) -> Tensor:
     """One [response] tensor a sample -> [N, L], zeros behind (False of a mask); [0, 0] without any."""
     if not parts:
         return torch.zeros(0, 0)
-    return pad_sequence(list(parts), batch_first=True) if parts else torch.zeros(0, 0)
-
-
-def unpad(x: Tensor, lengths: Sequence[int]) -> list[Tensor]:
-    """[N, L] -> one [response] tensor a sample."""
-    return [row[:length] for row, length in zip(x, lengths, strict=True)]
+    return pad_sequence(list(parts), batch_first=True)
 
 
 # ---- rewards of tokens ----
@@ -59,29 +54,23 @@ def reward_to_go(rewards: Tensor, mask: Tensor, gamma: float = 1.0) -> Tensor:
 
 
 def gae(
-    rewards: Tensor,
-    values: Tensor,
-    mask: Tensor,
-    *,
-    gamma: float = 1.0,
-    gae_lambda: float = 0.95,
-    bootstrap: Tensor | None = None,
+    rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float = 1.0, gae_lambda: float = 0.95
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (1506.02438, eq. 16): delta_t = r_t + gamma V_{t+1} - V_t,
     A_t = delta_t + gamma lambda A_{t+1}; returns A_t + V_t, from the advantages as they are before whitening.
 
+    V of the state after the last token is 0, also where a response was cut off at the limit, as in every peer: running
+    into the limit is as bad as ending with the same reward.
+
     Args:
         values: V_t, of the state before token t.
-        bootstrap: [N], V of the state after the last token. None is 0, also where a response was cut off at the limit:
-            that is what every peer does, and makes running into the limit as bad as ending with the same reward. A
-            loop that has the critic's value of the last state may give it here for truncated responses.
 
     Returns:
         advantages, returns.
     """
     advantages = torch.zeros_like(values)
     advantage = values.new_zeros(len(values))
-    following = advantage if bootstrap is None else bootstrap.to(values)
+    following = advantage
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + gamma * following - values[:, t]
         advantage = torch.where(mask[:, t], delta + gamma * gae_lambda * advantage, advantage)
@@ -103,15 +92,25 @@ def reinforce_pp(
 
 
 def reinforce_pp_baseline(
-    scores: Tensor, groups: Tensor, mask: Tensor, *, bessel: bool = True, reduce: Reduce | None = None
+    scores: Tensor,
+    groups: Tensor,
+    mask: Tensor,
+    *,
+    here: Tensor | None = None,
+    bessel: bool = True,
+    reduce: Reduce | None = None,
 ) -> Tensor:
     """REINFORCE++ with a baseline (2501.03262): R - the group's mean, for every token, whitened over the step.
 
-    ``scores`` [N] are without KL, which is a k2 loss here.
+    Args:
+        scores: [N], without KL, which is a k2 loss here.
+        here: where only n of the N samples' tokens are here, their numbers [n] (``mask`` is then [n, L], and so is the
+            result). None: all are here.
+        bessel, reduce: see `whiten`.
     """
-    grouping, scores = Grouping.of(groups), scores.double()
-    centred = torch.where(grouping.constant(scores)[grouping.member], 0.0, grouping.centred(scores))
-    return whiten((centred[:, None] * mask).float(), mask, bessel=bessel, reduce=reduce)
+    centred = grpo(scores, groups, normalize_by_std=False)
+    centred = centred if here is None else centred[here]
+    return whiten(centred[:, None] * mask, mask, bessel=bessel, reduce=reduce)
 
 
 def process_means(process_rewards: Tensor, mask: Tensor) -> Tensor:
@@ -174,7 +173,6 @@ def whiten(
     x: Tensor,
     mask: Tensor,
     *,
-    shift_mean: bool = True,
     bessel: bool = True,
     eps: float = 1e-8,
     reduce: Reduce | None = None,
@@ -184,7 +182,6 @@ def whiten(
     A single token becomes 0; without any, everything is 0.
 
     Args:
-        shift_mean: False only divides.
         bessel: variance over n - 1 (verl, TRL, slime, NeMo-RL's GAE), not n (OpenRLHF, NeMo-Aligner, NeMo-RL's
             REINFORCE++).
         reduce: adds up `moments` over the ranks that hold parts of the step. None: all of it is here.
@@ -193,5 +190,4 @@ def whiten(
     count, total, squares = (part if reduce is None else reduce(part)).unbind()
     mean = total / count.clamp(min=1)
     variance = (squares - count * mean.square()).clamp(min=0) / (count - int(bessel)).clamp(min=1)
-    scaled = (x.double() - mean) * (variance + eps).rsqrt()
-    return torch.where(mask, scaled if shift_mean else scaled + mean * (variance + eps).rsqrt(), 0).to(x.dtype)
+    return torch.where(mask, (x.double() - mean) * (variance + eps).rsqrt(), 0).to(x.dtype)

@@ -28,9 +28,15 @@ class Step:
     cfg: AdvantageConfig
     scores: Tensor  # [N] fp32
     groups: Tensor  # [N]
+    truncated: Tensor  # [N] bool: responses that reached the limit
     samples: Sequence[Sample]  # this replica's; ``row`` is a sample's place among the N
     mesh: Mesh
     kl_coef: float = 0.0  # of the KL penalty in rewards
+
+    @property
+    def here(self) -> Tensor:
+        """[n] int64: which of the N are here."""
+        return torch.tensor([sample.row for sample in self.samples], dtype=torch.int64)
 
     @property
     def my_scores(self) -> Tensor:
@@ -47,7 +53,7 @@ class Step:
         """[n, L] k1 of the policy before the step to the reference; None where rewards have no KL penalty."""
         if not self.kl_coef:
             return None
-        return advantages.pad([(old_logps(s) - s.ref_logps).cpu() for s in self.samples])
+        return advantages.pad([old_logps(s).cpu() - s.ref_logps.cpu() for s in self.samples])
 
     @property
     def rewards(self) -> Tensor:
@@ -63,7 +69,7 @@ class Step:
 
     def mine(self, x: Tensor) -> Tensor:
         """[N] -> [n]."""
-        return x[[sample.row for sample in self.samples]]
+        return x[self.here]
 
     def everywhere(self, mine: Tensor) -> Tensor:
         """[n] -> [N]: what each replica knows of its samples, on all of them."""
@@ -80,7 +86,7 @@ class Step:
 
     def whiten(self, x: Tensor) -> Tensor:
         """[n, L], over all tokens of the step."""
-        return advantages.whiten(x, self.mask, reduce=self.reduce)
+        return advantages.whiten(x, self.mask, bessel=self.cfg.whiten_with_bessel, reduce=self.reduce)
 
 
 def grpo(step: Step) -> Tensor:
@@ -101,16 +107,31 @@ def rloo(step: Step) -> Tensor:
 
 
 def reinforce(step: Step) -> Tensor:
-    return step.mine(advantages.reinforce(step.rewards, step.groups, baseline=step.cfg.baseline))
+    counted = None if step.cfg.truncated_in_baseline else ~step.truncated
+    return step.mine(
+        advantages.reinforce(step.rewards, step.groups, baseline=step.cfg.baseline, counted=counted)
+    )
 
 
 def reinforce_plus_plus(step: Step) -> Tensor:
-    return advantages.reinforce_pp(step.token_rewards, step.mask, gamma=step.cfg.gamma, reduce=step.reduce)
+    return advantages.reinforce_pp(
+        step.token_rewards,
+        step.mask,
+        gamma=step.cfg.gamma,
+        bessel=step.cfg.whiten_with_bessel,
+        reduce=step.reduce,
+    )
 
 
 def reinforce_plus_plus_baseline(step: Step) -> Tensor:
-    grouped = advantages.grpo(step.scores, step.groups, normalize_by_std=False)
-    return step.whiten(step.mine(grouped)[:, None] * step.mask)
+    return advantages.reinforce_pp_baseline(
+        step.scores,
+        step.groups,
+        step.mask,
+        here=step.here,
+        bessel=step.cfg.whiten_with_bessel,
+        reduce=step.reduce,
+    )
 
 
 # Each gives [n], or one a token as [n, L].
@@ -131,19 +152,23 @@ def scores_of(cfg: RewardConfig, rollout: Rollout) -> Tensor:
     if cfg.overlong_buffer_len:
         penalty = advantages.soft_overlong_penalty(lengths, rollout.max_response_length, cfg.overlong_buffer_len)
         scores = scores + cfg.overlong_buffer_penalty * penalty
-    finished = torch.tensor([row.finish_reason != "length" for row in rollout.rows])
-    scores = advantages.missing_eos_penalty(scores, finished, cfg.missing_eos_penalty)
+    scores = advantages.missing_eos_penalty(scores, ~truncated(rollout), cfg.missing_eos_penalty)
     return scores - cfg.length_penalty * lengths
+
+
+def truncated(rollout: Rollout) -> Tensor:
+    """[N] bool: responses that reached the limit instead of ending by themselves."""
+    return torch.tensor([row.finish_reason == "length" for row in rollout.rows], dtype=torch.bool)
 
 
 def step_of(cfg: Config, rollout: Rollout, samples: Sequence[Sample], mesh: Mesh, kl_coef: float = 0.0) -> Step:
     """The step as an estimator sees it. ``reward.overlong_filtering`` masks responses that reached the limit."""
-    scores = scores_of(cfg.reward, rollout)
+    scores, too_long = scores_of(cfg.reward, rollout), truncated(rollout)
     if cfg.reward.overlong_filtering:
         for sample in samples:
-            if rollout.rows[sample.row].finish_reason == "length":
+            if too_long[sample.row]:
                 sample.loss_mask = torch.zeros(sample.response_length, dtype=torch.bool)
-    return Step(cfg.advantage, scores, rollout.groups, samples, mesh, kl_coef)
+    return Step(cfg.advantage, scores, rollout.groups, too_long, samples, mesh, kl_coef)
 
 
 def give(step: Step, advantage: Tensor) -> dict[str, float]:

@@ -15,11 +15,11 @@ from megarl.algorithms.reference import Reference, labels_of, ratios
 from megarl.algorithms.sft import deal, steps_of
 from megarl.checkpoint.checkpoints import Checkpoints
 from megarl.config import Config
-from megarl.data.preferences import Pair, load_pairs
+from megarl.data.preferences import Pair, load_pairs, need_scores
 from megarl.data.prompts import PromptStream
 from megarl.data.reading import DataError
 from megarl.data.records import Sample
-from megarl.losses.preference import REFERENCE_FREE, longpo_tokens, preference_tokens
+from megarl.losses.preference import NEEDS_REWARDS, REFERENCE_FREE, longpo_tokens, preference_tokens
 from megarl.losses.unpaired import RewardShift
 from megarl.model.engine import Engine
 from megarl.model.family import read_spec
@@ -35,15 +35,15 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
         spec = read_spec(cfg.model.path)
         longest = min(spec.max_position_embeddings, cfg.train.train_mb_tokens // 2 + 1)  # a microbatch holds a pair
         pairs = load_pairs(cfg.data, AutoTokenizer.from_pretrained(cfg.model.path), longest)
+        if name in NEEDS_REWARDS:
+            need_scores(pairs, cfg.data, f"preference.loss = {name}")
         run.dropped(pairs.dropped, kept=len(pairs))
         stream = PromptStream(pairs, cfg.run.seed, cfg.data.shuffle)
         steps = steps_of(cfg, len(pairs))
         policy = Engine(cfg, mesh, spec, temperature=1.0, total_updates=steps)
         reference = None
         if name not in REFERENCE_FREE:
-            reference = Reference(
-                cfg.preference, policy, run, mesh, [sample for pair in pairs for sample in make(pair)]
-            )
+            reference = Reference(cfg, policy, run, mesh, [sample for pair in pairs for sample in make(pair)])
         shift = RewardShift(cfg.preference.bco_shift)
         checkpoints = Checkpoints(cfg, run, mesh, policy=policy, stream=stream, shift=shift)
         checkpoints.resume()

@@ -23,6 +23,8 @@ from megarl.losses.reward_model import implicit_process_reward_tokens
 from megarl.model.engine import Engine, HostWeights
 from megarl.observe.run import Run
 from megarl.parallel.mesh import Mesh
+from megarl.rewards import RewardError
+from megarl.rollout.table import Rollout
 
 
 def train(cfg: Config, run: Run, mesh: Mesh) -> None:
@@ -40,6 +42,7 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
             samples = [sample for batch in batches for sample in batch]
             parts.old_logps(samples, updates=len(batches) * cfg.train.ppo_epochs)
             known = step_of(cfg, rollout, samples, mesh)
+            check_outcomes(known.scores, rollout)
             with run.phase("prm"):
                 for sample in samples:
                     sample.score = known.scores[sample.row].item()
@@ -60,6 +63,19 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
     parts.sampler.close()
 
 
+def check_outcomes(outcomes: Tensor, rollout: Rollout) -> None:
+    """The process reward model's targets are probabilities. Raises RewardError for one that is none."""
+    outside = [row for row, inside in zip(rollout.rows, (0 <= outcomes) & (outcomes <= 1), strict=True) if not inside]
+    if outside:
+        first = outside[0]
+        score = outcomes[rollout.rows.index(first)].item()
+        raise RewardError(
+            f"prompt {first.prompt_id}, sample {first.index}: prime's outcome is {score:g}, outside [0, 1]; "
+            f"so are {len(outside) - 1} others of this step. Change reward.functions, their weights, or the penalties "
+            "in reward"
+        )
+
+
 def process_rewards(prm: Engine, samples: Sequence[Sample], beta: float) -> Tensor:
     """[n, L]: beta log(pi / pi_ref) of the model as it is now."""
     now = prm.logps(list(samples))
@@ -77,7 +93,7 @@ def advantages_of(cfg: Config, step: Step, rewards: Tensor) -> Tensor:
         gamma=cfg.advantage.gamma,
         process_coef=cfg.prime.process_coef,
         outcome_coef=cfg.prime.outcome_coef,
-        here=torch.tensor([sample.row for sample in step.samples], dtype=torch.int64),
+        here=step.here,
         means=step.everywhere(advantages.process_means(rewards, step.mask)),
     )
     return step.whiten(advantage) if cfg.advantage.normalize_advantages else advantage

@@ -5,7 +5,6 @@ of it is computed once, before the first step.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,9 +13,10 @@ from torch import Tensor
 
 from megarl.algorithms.onpolicy import attach
 from megarl.algorithms.sft import deal
-from megarl.config import PreferenceConfig
-from megarl.data.reading import DataError
+from megarl.config import Config
+from megarl.data import reference_cache
 from megarl.data.records import Sample
+from megarl.data.reference_cache import Key, Stamp
 from megarl.model.engine import Engine, HostWeights
 from megarl.observe.run import Run
 from megarl.parallel.collectives import gather_objects
@@ -24,30 +24,30 @@ from megarl.parallel.mesh import Mesh
 
 _CHUNK = 1024  # samples whose log-probabilities are on the way at once
 
-Key = tuple[str, int]  # prompt id, index
-
 
 class Reference:
     """``attach`` gives samples their ``ref_logps``."""
 
-    def __init__(self, cfg: PreferenceConfig, policy: Engine, run: Run, mesh: Mesh, data: Sequence[Sample]) -> None:
+    def __init__(self, cfg: Config, policy: Engine, run: Run, mesh: Mesh, data: Sequence[Sample]) -> None:
         """Keep the policy's weights as they are; or, with ``precompute_ref_log_probs``, what they say of ``data``:
         all samples that there will be, the same on every rank."""
         self._policy, self._run = policy, run
         self._weights: HostWeights | None = None
         self._sums: dict[Key, float] = {}
-        if not cfg.precompute_ref_log_probs:
+        if not cfg.preference.precompute_ref_log_probs:
             self._weights = HostWeights(policy.model)
             return
-        path = None if cfg.ref_log_probs_path is None else Path(cfg.ref_log_probs_path)
+        wanted = cfg.preference.ref_log_probs_path
+        path = None if wanted is None else Path(wanted)
+        stamp = None if path is None else Stamp.of(cfg.model.path, cfg.model.dtype, data)
         if gather_objects(path is not None and path.is_file(), mesh.host_group)[0]:
-            assert path is not None
-            self._sums = _read(path, data)
+            assert path is not None and stamp is not None
+            self._sums = reference_cache.read(path, stamp)
             return
         with run.phase("ref_logps"):
             self._sums = _compute(policy, data, mesh)
-        if path is not None and run.is_writer:
-            _write(path, self._sums)
+        if path is not None and stamp is not None and run.is_writer:
+            reference_cache.write(path, stamp, self._sums)
 
     def attach(self, samples: Sequence[Sample]) -> None:
         """Precomputed are sums over responses, which is what losses of whole responses read: the first token has it."""
@@ -83,25 +83,4 @@ def _compute(policy: Engine, data: Sequence[Sample], mesh: Mesh) -> dict[Key, fl
         found = [(s.prompt_id, s.index, logps.sum().item()) for s, logps in zip(mine, policy.logps(mine), strict=True)]
         for part in gather_objects(found, mesh.dp_group):
             sums |= {(prompt_id, index): total for prompt_id, index, total in part}
-    return sums
-
-
-def _write(path: Path, sums: dict[Key, float]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(path.name + ".tmp")
-    rows = [json.dumps({"id": key[0], "index": key[1], "logps": total}) + "\n" for key, total in sums.items()]
-    new.write_text("".join(rows), encoding="utf-8")
-    new.rename(path)
-
-
-def _read(path: Path, data: Sequence[Sample]) -> dict[Key, float]:
-    """Raises DataError where the file is not of this data."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    sums = {(row["id"], row["index"]): float(row["logps"]) for row in rows}
-    missing = [sample.name for sample in data if (sample.prompt_id, sample.index) not in sums]
-    if missing:
-        raise DataError(
-            f"preference.ref_log_probs_path = {path} has no log-probs of {missing[0]} and {len(missing) - 1} others: "
-            "it is of other data; delete it, or name another file"
-        )
     return sums

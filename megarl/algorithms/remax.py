@@ -6,14 +6,16 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from torch import Tensor
 
 from megarl import advantages
-from megarl.algorithms.credit import give, step_of
+from megarl.algorithms.credit import give, scores_of, step_of
 from megarl.algorithms.onpolicy import mean_metrics, prepare
-from megarl.config import Config
+from megarl.config import Config, RewardConfig
 from megarl.losses.policy import grpo
 from megarl.observe.run import Run
 from megarl.parallel.mesh import Mesh
+from megarl.rollout.table import Rollout
 
 
 def train(cfg: Config, run: Run, mesh: Mesh) -> None:
@@ -29,9 +31,10 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
             parts.old_logps(samples, updates=len(batches) * cfg.train.ppo_epochs)
             with run.phase("adv"):
                 known = step_of(cfg, rollout, samples, mesh)
-                baseline = torch.tensor([greedy[row.prompt] for row in rollout.rows])
+                baseline = greedy_scores(cfg.reward, rollout, greedy)
                 metrics = rollout.metrics() | {"reward/greedy": baseline.mean().item()}
-                metrics |= give(known, known.mine(advantages.remax(known.scores, baseline)))
+                difference = advantages.remax(known.scores, baseline, max_difference=cfg.advantage.max_difference)
+                metrics |= give(known, known.mine(difference))
             with run.phase("train"):
                 history = [
                     parts.policy.step(batch, loss, loss_agg_mode=cfg.loss.loss_agg_mode)
@@ -41,3 +44,9 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
             metrics = parts.finish(step, metrics | mean_metrics(history))
         parts.report(step, metrics, rollout)
     parts.sampler.close()
+
+
+def greedy_scores(cfg: RewardConfig, rollout: Rollout, greedy: Rollout) -> Tensor:
+    """[N] of each sample the score of its prompt's greedy response: with the same penalties as the sample's own."""
+    scores = dict(zip(greedy.groups.tolist(), scores_of(cfg, greedy).tolist(), strict=True))
+    return torch.tensor([scores[row.prompt] for row in rollout.rows])

@@ -14,7 +14,7 @@ from megarl.algorithms.preference import named
 from megarl.algorithms.sft import deal, steps_of
 from megarl.checkpoint.checkpoints import Checkpoints
 from megarl.config import Config
-from megarl.data.preferences import Pair, load_pairs
+from megarl.data.preferences import Pair, load_pairs, need_scores
 from megarl.data.prompts import PromptStream
 from megarl.data.records import Sample
 from megarl.losses.reward_model import bradley_terry_tokens
@@ -30,6 +30,8 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
         spec = read_spec(cfg.model.path).with_scalar_head()
         longest = min(spec.max_position_embeddings, cfg.train.train_mb_tokens // 2)  # a microbatch holds a pair
         pairs = load_pairs(cfg.data, AutoTokenizer.from_pretrained(cfg.model.path), longest)
+        if cfg.preference.margin_from_scores:
+            need_scores(pairs, cfg.data, "preference.margin_from_scores = true")
         run.dropped(pairs.dropped, kept=len(pairs))
         stream = PromptStream(pairs, cfg.run.seed, cfg.data.shuffle)
         steps = steps_of(cfg, len(pairs))

@@ -39,7 +39,7 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
         stream = PromptStream(examples, cfg.run.seed, cfg.data.shuffle)
         steps = steps_of(cfg, len(examples))
         policy = Engine(cfg, mesh, spec, temperature=1.0, total_updates=steps)
-        reference = Reference(cfg.preference, policy, run, mesh, [sample_of(example) for example in examples])
+        reference = Reference(cfg, policy, run, mesh, [sample_of(example) for example in examples])
         shift = RewardShift(cfg.preference.bco_shift)
         density = density_of(examples) if cfg.preference.bco_density_ratio else None
         checkpoints = Checkpoints(cfg, run, mesh, policy=policy, stream=stream, shift=shift)

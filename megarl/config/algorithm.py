@@ -35,12 +35,18 @@ class AdvantageConfig:
     """Added to the standard deviation."""
     baseline: Literal["none", "batch", "leave_one_out"] = "leave_one_out"
     """What reinforce compares a reward with: nothing, the mean of the others in the batch, or in the group."""
+    truncated_in_baseline: bool = True
+    """Responses that reached the limit count in the mean that reinforce compares with; false leaves them out of it."""
+    max_difference: float | None = None
+    """Bound of remax's difference of a reward from the greedy response's, as its authors' code has (5); null is none."""
     gamma: float = 1.0
     """Discount of a later token's reward, where rewards go by token."""
     gae_lambda: float = 0.95
     """Lambda of the generalised advantage estimation of ppo."""
     normalize_advantages: bool = True
-    """Whiten the advantages of ppo and prime over all tokens of a step."""
+    """Whiten the advantages of ppo and prime over all tokens of a step; reinforce_plus_plus always does."""
+    whiten_with_bessel: bool = True
+    """Take the variance over n - 1 tokens where advantages are whitened (verl, TRL); false over n (OpenRLHF)."""
     kl_coef: float = 0.0
     """Weight of the KL divergence from the reference model in the rewards; 0 leaves it out."""
     kl_target: float | None = None

@@ -92,6 +92,7 @@ RANGES = {
     "advantage.gamma": "[0, 1]",
     "advantage.gae_lambda": "[0, 1]",
     "advantage.kl_coef": "[0, inf)",
+    "advantage.max_difference": "(0, inf)",
     "advantage.kl_target": "(0, inf)",
     "advantage.kl_horizon": "[1, inf)",
     "critic.critic_warmup_steps": "[0, inf)",

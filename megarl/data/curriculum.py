@@ -149,8 +149,3 @@ def _filled(of_prompt: Sequence[float | None]) -> list[float] | None:
             return None
         out.append(out[-1] if reward is None else reward)
     return out[::-1]
-
-
-def most_impact(scores: Mapping[str, float], threshold: float = 0.6) -> list[str]:
-    """The prompts whose score is at least `threshold` (the paper's 0.6), best first."""
-    return sorted((key for key, score in scores.items() if score >= threshold), key=lambda key: -scores[key])

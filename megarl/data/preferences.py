@@ -17,7 +17,7 @@ record is dropped, with all of its pairs.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -58,13 +58,6 @@ class Pair:
     rejected_score: float | None = None
     reference_prompt: list[int] | None = None  # what the reference model reads in place of the prompt (LongPO)
 
-    @property
-    def reward_gap(self) -> float | None:
-        """Chosen minus rejected score."""
-        if self.chosen_score is None or self.rejected_score is None:
-            return None
-        return self.chosen_score - self.rejected_score
-
 
 @dataclass(frozen=True)
 class Texts:
@@ -93,6 +86,15 @@ def load_pairs(data: DataConfig, tokenizer: PreTrainedTokenizerBase, max_tokens:
 
     loaded = collect(data, data.path, data.split, build, limit=data.max_records)
     return Loaded([made for pairs in loaded.items for made in pairs], loaded.dropped)
+
+
+def need_scores(pairs: Iterable[Pair], data: DataConfig, who: str) -> None:
+    """Raise DataError if a pair has no scores, and say who needs them."""
+    without = [pair.id for pair in pairs if pair.chosen_score is None]
+    if without:
+        keys = f"data.chosen_score_key={data.chosen_score_key!r} and data.rejected_score_key={data.rejected_score_key!r}"
+        others = f", nor have {len(without) - 1} other pairs" if without[1:] else ""
+        raise DataError(f"{without[0]}: has no scores ({keys}), which {who} needs{others}")
 
 
 def check_pairs_adapter(name: str | None) -> None:

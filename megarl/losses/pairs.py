@@ -1,8 +1,9 @@
 """Pairs of responses to one prompt, taken out of a packed microbatch and put back into it.
 
-Contract: a microbatch of pairs holds them in turn, [chosen, rejected, chosen, rejected, ...], never half of one; every
-response has at least one token. Its ``loss_agg_mode`` is ``seq-mean-token-mean``: each token of both responses carries
-its pair's loss, so that the engine's mean over sequences is the mean over pairs. Shapes: P pairs.
+Contract: a microbatch of pairs holds them in turn, [chosen, rejected, chosen, rejected, ...], never half of one; both
+responses of a pair have a token that counts, or neither has, and then the pair does not count. Its ``loss_agg_mode`` is
+``seq-mean-token-mean``: each token of both responses carries its pair's loss, so that the engine's mean over sequences
+is the mean over pairs. Shapes: P pairs.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megarl.data.records import MicroBatch
+from megarl.data.records import MicroBatch, Sample
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,14 @@ def _check(batch: MicroBatch) -> None:
     for chosen, rejected in zip(samples[::2], samples[1::2], strict=True):
         if chosen.prompt_id != rejected.prompt_id:
             raise ValueError(f"a pair of different prompts: chosen of {chosen.name}, rejected of {rejected.name}")
+        if _counts(chosen) != _counts(rejected):  # it would be half a pair in the mean over pairs
+            empty = rejected if _counts(chosen) else chosen
+            raise ValueError(f"a pair of which one response has no token that counts: {empty.name}")
+
+
+def _counts(sample: Sample) -> bool:
+    """Whether any token of the response is learnt."""
+    return sample.response_length > 0 if sample.loss_mask is None else bool(sample.loss_mask.any())
 
 
 def _reward_gap(batch: MicroBatch, like: Tensor) -> Tensor | None:

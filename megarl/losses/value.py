@@ -17,6 +17,7 @@ def value(values: Tensor, batch: MicroBatch, cfg: LossConfig) -> tuple[Tensor, d
     ``value_clip`` it is the squared error.
     """
     assert batch.returns is not None, "the loop computes returns before it trains the critic"
+    values = torch.where(batch.loss_mask, values, 0)  # no gradient comes from what is masked, whatever is there
     error = (values - batch.returns).square()
     metrics = {"vpred_mean": values, "returns_mean": batch.returns}
     if cfg.value_clip is not None:

@@ -77,9 +77,9 @@ class Sampler:
         self.engine.sleep()
         return rollout
 
-    def rollout_with_greedy(self, draw: Draw, step: int) -> tuple[Rollout, dict[int, float]]:
-        """As `rollout`, once, and the reward of the greedy response to each of its prompts, by the prompt's number.
-        Where that one could not be scored, the prompt's group is left out."""
+    def rollout_with_greedy(self, draw: Draw, step: int) -> tuple[Rollout, Rollout]:
+        """As `rollout`, once; and one greedy response to each of its prompts, under the prompt's number, by the same
+        engines. Where either could not be scored, the prompt is left out."""
         prompts = draw(self.cfg.rollout.num_prompts_per_step)
         sampling = training_sampling(self.cfg, step)
         greedy = self._sample(prompts, sampling.greedy(), seed=self._seed(step))

@@ -183,18 +183,24 @@ def row_of(number: int, sample: Sample, result: RewardResult) -> Row:
 def tabulate(scored: Sequence[tuple[Row, Sample]], mesh: Mesh, longest: int) -> Rollout:
     """A rollout from what every rank sampled. A collective over all ranks.
 
-    A group with a sample that could not be scored is dropped, since a group's advantages need all of it. Raises
-    EmptyStepError if no group is left.
+    A group with a sample that could not be scored is dropped, since a group's advantages need all of it. None may be
+    left: `not_empty`.
     """
     everywhere = [row for part in gather_objects([row for row, _ in scored], mesh.host_group) for row in part]
     here = {(row.prompt, row.index): sample for row, sample in scored}
     errors = [row.result.error for row in everywhere if row.result.error]
     broken = {row.prompt for row in everywhere if row.result.error}
     kept = sorted((row for row in everywhere if row.prompt not in broken), key=lambda row: (row.prompt, row.index))
-    if not kept:
-        raise EmptyStepError(f"no group of this step could be scored; the first of {len(errors)} errors: {errors[0]}")
     mine = {at: here[row.prompt, row.index] for at, row in enumerate(kept) if (row.prompt, row.index) in here}
     return Rollout(kept, errors, mine, mesh, longest)
+
+
+def not_empty(rollout: Rollout) -> Rollout:
+    """The rollout. Raises EmptyStepError where none of its groups could be scored whole."""
+    if rollout.rows:
+        return rollout
+    errors = rollout.errors
+    raise EmptyStepError(f"no group of this step could be scored; the first of {len(errors)} errors: {errors[0]}")
 
 
 def training_sampling(cfg: Config, step: int) -> Sampling:
@@ -221,7 +227,7 @@ def enough_groups(cfg: Config, batch: Callable[[int], Rollout]) -> Rollout:
     """
     r = cfg.rollout
     if not r.dynamic_sampling:
-        return batch(0)
+        return not_empty(batch(0))
     parts: list[Rollout] = []
     for attempt in range(r.dynamic_sampling_max_gen_batches):
         parts.append(batch(attempt).mixed(r.dynamic_sampling_min_reward, r.dynamic_sampling_max_reward))
@@ -231,23 +237,23 @@ def enough_groups(cfg: Config, batch: Callable[[int], Rollout]) -> Rollout:
     if not rollout.rows:
         sampled = r.num_prompts_per_step * len(parts)
         text = f"none of {sampled} prompts has samples of different rewards; nothing can be learnt"
-        raise EmptyStepError(f"{text} (rollout.dynamic_sampling): are the prompts far too hard, or far too easy?")
+        failed = f" {len(rollout.errors)} rewards failed, first: {rollout.errors[0]}" if rollout.errors else ""
+        why = f"are the prompts far too hard, or far too easy?{failed}"
+        raise EmptyStepError(f"{text} (rollout.dynamic_sampling): {why}")
     return rollout.only(set(rollout.prompts[: r.num_prompts_per_step]))
 
 
-def with_greedy(rollout: Rollout, greedy: Rollout) -> tuple[Rollout, dict[int, float]]:
-    """The groups whose prompt also has a scored greedy response, and its reward, by the prompt's number."""
-    rewards = {row.prompt: row.result.total for row in greedy.rows if row.result.total is not None}
-    kept = rollout.only(rewards)
-    if not kept.rows:
-        raise EmptyStepError("no prompt of this step has both its samples and its greedy response scored")
-    return replace(kept, errors=greedy.errors + kept.errors), rewards
+def with_greedy(rollout: Rollout, greedy: Rollout) -> tuple[Rollout, Rollout]:
+    """The groups whose prompt also has a scored greedy response, and those responses, under the prompt's number."""
+    both = set(rollout.prompts) & set(greedy.prompts)
+    kept = replace(rollout.only(both), errors=greedy.errors + rollout.errors)
+    return not_empty(kept), greedy.only(both)
 
 
 def validation_metrics(cfg: Config, rollout: Rollout) -> dict[str, float]:
     """``val/accuracy``, the mean of the reward function ``validation.val_reward`` (pass@1 where it is 0 or 1), the mean
     weighted reward, and response lengths."""
-    metrics = rollout.metrics()
+    metrics = not_empty(rollout).metrics()
     measured = cfg.validation.val_reward or cfg.reward.functions[0].name
     return {
         "val/accuracy": metrics[f"reward/{measured}"],

@@ -25,7 +25,7 @@ model: {{path: {model}, dtype: fp32}}
 optimizer: {{lr: 1.0e-3}}
 critic: {{optimizer: {{lr: 1.0e-3}}}}
 prime: {{optimizer: {{lr: 1.0e-3}}}}
-train: {{train_global_batch_size: 16, train_mb_tokens: 60, logprob_mb_tokens: 60}}
+train: {{train_global_batch_size: 32, ppo_epochs: 2, train_mb_tokens: 120, logprob_mb_tokens: 120}}
 data: {{path: {data}, apply_chat_template: false, max_prompt_length: 8}}
 rollout: {{num_prompts_per_step: 8, num_generations_per_prompt: 4, max_response_length: 6, kv_cache_gb: 0.02}}
 reward: {{workers: 1, functions: [{{name: "tests.fixtures.digits:even"}}]}}
@@ -33,9 +33,9 @@ checkpoint: {{save_at_end: false}}
 """
 SEQUENCES = "loss.loss_agg_mode=seq-mean-token-mean"
 IN_REWARD = ["advantage.kl_coef=0.05", "advantage.kl_target=0.01", "advantage.kl_horizon=100"]
-# Two updates a rollout, so that ratios leave 1 and clips bite.
+# Two updates with the whole rollout, so that ratios leave 1 and clips bite.
 METHODS = {
-    "grpo": [SEQUENCES, "loss.kl_loss_coef=0.04", "train.ppo_epochs=2"],
+    "grpo": [SEQUENCES, "loss.kl_loss_coef=0.04"],
     "dr-grpo": ["advantage.normalize_by_std=false", "loss.loss_agg_mode=seq-mean-token-sum-norm"],
     "dapo": [
         "loss.clip_ratio_high=0.28",
@@ -47,7 +47,7 @@ METHODS = {
     "cispo": ["loss.policy_loss=cispo", "loss.clip_ratio_high=0.5"],
     "dual-clip": ["loss.clip_ratio_c=3", "loss.entropy_coef=0.01"],
     "rloo": ["advantage.adv_estimator=rloo", "loss.policy_loss=sequence_clip", SEQUENCES, *IN_REWARD],
-    "reinforce": ["advantage.adv_estimator=reinforce", "loss.policy_loss=reinforce"],
+    "reinforce": ["advantage.adv_estimator=reinforce", "loss.policy_loss=reinforce", "train.ppo_epochs=1"],
     "reinforce++": ["advantage.adv_estimator=reinforce_plus_plus", *IN_REWARD],
     "reinforce++-baseline": [
         "advantage.adv_estimator=reinforce_plus_plus_baseline",
@@ -62,9 +62,9 @@ METHODS = {
         "{first_step: 6, max_response_length: 6}]"
     ],
     "remax": ["algorithm=remax"],
-    "ppo": ["algorithm=ppo", "critic.critic_warmup_steps=2", "train.ppo_epochs=2", *IN_REWARD],
+    "ppo": ["algorithm=ppo", "critic.critic_warmup_steps=2", *IN_REWARD],
     "prime": ["algorithm=prime", "rollout.dynamic_sampling=true", "rollout.dynamic_sampling_min_reward=0.05"],
-    "online-dpo": ["algorithm=online_dpo", "train.train_global_batch_size=4", "reward.missing_eos_penalty=0.1"],
+    "online-dpo": ["algorithm=online_dpo", "train.train_global_batch_size=8", "reward.missing_eos_penalty=0.1"],
     "online-ipo": [
         "algorithm=online_dpo",
         "train.train_global_batch_size=8",
@@ -119,7 +119,8 @@ def alone():
     return {}
 
 
-def check(ranks, recipe, alone, name, layouts, more=(), steps=12):
+def check(ranks, recipe, alone, name, layouts, record_property, more=(), steps=12):
+    """Every layout's curve is one rank's. The largest difference of a loss goes to pytest's --junitxml."""
     overrides = [*METHODS[name], *more, f"run.max_num_steps={steps}"]
     if (key := (name, *overrides)) not in alone:
         alone[key] = curve(ranks, recipe, name, "1 rank", overrides)
@@ -127,7 +128,10 @@ def check(ranks, recipe, alone, name, layouts, more=(), steps=12):
     assert len(truth) == steps
     assert all(math.isfinite(value) for step in truth for value in step.values())
     for layout in layouts:
-        for step, expected in zip(curve(ranks, recipe, name, layout, overrides), truth, strict=True):
+        run = curve(ranks, recipe, name, layout, overrides)
+        losses = [(a["actor/loss"], b["actor/loss"]) for a, b in zip(run, truth, strict=True) if "actor/loss" in b]
+        record_property(f"{name}, {layout}", f"{max(abs(a - b) for a, b in losses):.1e}")
+        for step, expected in zip(run, truth, strict=True):
             names = [n for n in expected if n.startswith(("actor/", "critic/", "prm/", "reward/", "rewards/"))]
             for metric in names:
                 where = f"{name}, {layout}, step {step['step']}: {metric}"
@@ -144,12 +148,12 @@ def also(larger):
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["TP2", "DP2", "PP2", "CP2"])
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_on_every_layout(ranks, recipe, alone, also, name, layout):
-    check(ranks, recipe, alone, name, [layout], also.get(name, []))
+def test_every_method_on_every_layout(ranks, recipe, alone, also, name, layout, record_property):
+    check(ranks, recipe, alone, name, [layout], record_property, also.get(name, []))
 
 
-def test_ppo_with_a_larger_critic_on_two_replicas(ranks, recipe, alone, also):
+def test_ppo_with_a_larger_critic_on_two_replicas(ranks, recipe, alone, also, record_property):
     """The critic alone learns at first; its squared error falls."""
-    steps = check(ranks, recipe, alone, "ppo", ["DP2"], also["ppo"], steps=4)
+    steps = check(ranks, recipe, alone, "ppo", ["DP2"], record_property, also["ppo"], steps=4)
     assert "actor/loss" not in steps[1] and "actor/loss" in steps[2]
     assert steps[1]["critic/vf_loss"] < steps[0]["critic/vf_loss"]

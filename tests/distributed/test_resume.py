@@ -32,6 +32,7 @@ ALGORITHMS = {
     "bco": ["algorithm=unpaired", "preference.loss=bco"],
     "grpo": ["algorithm=grpo", "loss.kl_loss_coef=0.01", "train.ppo_epochs=2"],
     "ppo": ["algorithm=ppo", "loss.kl_loss_coef=0.01"],
+    "prime": ["algorithm=prime", "prime.optimizer.lr=1e-2"],
 }
 # What depends on the clock, and on when a checkpoint was written.
 UNLIKE = ("timing_s/", "perf/", "checkpoint/")
@@ -91,9 +92,9 @@ def test_learning_from_data_resumes_bit_for_bit(ranks, recipe, what, layout):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("what, layout", [("grpo", "DP2"), ("grpo", "TP2"), ("ppo", "DP2")])
+@pytest.mark.parametrize("what, layout", [("grpo", "DP2"), ("grpo", "TP2"), ("ppo", "DP2"), ("prime", "DP2")])
 def test_learning_from_rollouts_resumes_bit_for_bit(ranks, recipe, what, layout):
-    """vLLM's rollouts included: their seeds are of the step and the sample. PPO's critic too."""
+    """vLLM's rollouts included: their seeds are of the step and the sample. PPO's critic and PRIME's reward model too."""
     check_bits(ranks, recipe, what, layout)
 
 
