@@ -166,7 +166,8 @@ def test_reinforce_pp_with_a_baseline():
 
 def test_reinforce_pp_with_a_baseline_where_part_of_the_step_is_elsewhere():
     """Rows 2 and 0 are here: their group means and the moments are the whole step's."""
-    scores, groups, mask = torch.tensor([3.0, 1.0, 5.0, 4.0]), torch.tensor([9, 9, 2, 2]), mask_of("10", "11", "01", "11")
+    scores, groups = torch.tensor([3.0, 1.0, 5.0, 4.0]), torch.tensor([9, 9, 2, 2])
+    mask = mask_of("10", "11", "01", "11")
     whole = reinforce_pp_baseline(scores, groups, mask)
     total = moments(torch.tensor([[1.0], [-1.0], [0.5], [-0.5]]).expand(4, 2), mask)
     here = torch.tensor([2, 0])

@@ -108,9 +108,7 @@ def rloo(step: Step) -> Tensor:
 
 def reinforce(step: Step) -> Tensor:
     counted = None if step.cfg.truncated_in_baseline else ~step.truncated
-    return step.mine(
-        advantages.reinforce(step.rewards, step.groups, baseline=step.cfg.baseline, counted=counted)
-    )
+    return step.mine(advantages.reinforce(step.rewards, step.groups, baseline=step.cfg.baseline, counted=counted))
 
 
 def reinforce_plus_plus(step: Step) -> Tensor:

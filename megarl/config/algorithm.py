@@ -38,7 +38,7 @@ class AdvantageConfig:
     truncated_in_baseline: bool = True
     """Responses that reached the limit count in the mean that reinforce compares with; false leaves them out of it."""
     max_difference: float | None = None
-    """Bound of remax's difference of a reward from the greedy response's, as its authors' code has (5); null is none."""
+    """Bound of remax's difference between a reward and the greedy response's (5 in its authors' code); null is none."""
     gamma: float = 1.0
     """Discount of a later token's reward, where rewards go by token."""
     gae_lambda: float = 0.95

@@ -29,6 +29,7 @@ from megarl.config.sizes import (
     longest_sequence,
     remainder,
 )
+from megarl.config.unread import check_unread
 from megarl.config.values import Problem, Problems, check_ranges, check_values
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def check(cfg: "Config", launched: int | None, refused: set[str], *, this_machin
     """
     ranges = list(check_ranges(cfg))  # no echoes here: a refused value left its default behind, which is in range
     refused = refused.union(*(problem.fields for problem in ranges))
-    others = [*check_values(cfg), *check_acting(cfg), *_launch(cfg, launched), *_layout(cfg)]
+    own = [*check_values(cfg), *check_acting(cfg), *check_unread(cfg)]
+    others = [*own, *_launch(cfg, launched), *_layout(cfg)]
     if cfg.algorithm in ON_POLICY:
         others += [*_engines(cfg), *_grpo(cfg), *_lengths(cfg)]
     else:
@@ -151,6 +153,20 @@ def _grpo(cfg: "Config") -> Problems:
             f"sequences a step do not make whole updates of train.train_global_batch_size {batch} sequences: "
             f"{prompts * group} % {batch} = {rest}",
             (
+                "rollout.num_prompts_per_step",
+                "rollout.num_generations_per_prompt",
+                "train.train_global_batch_size",
+            ),
+        )
+    updates = cfg.train.ppo_epochs * -(-prompts * group // max(batch, 1))
+    if cfg.loss.policy_loss == "reinforce" and cfg.algorithm != "online_dpo" and updates > 1:
+        yield Problem(
+            f"loss.policy_loss = reinforce takes samples to be the present policy's, but train.ppo_epochs "
+            f"{cfg.train.ppo_epochs} x {prompts * group} sequences a step / train.train_global_batch_size {batch} = "
+            f"{updates} updates; take one, or ppo_clip",
+            (
+                "loss.policy_loss",
+                "train.ppo_epochs",
                 "rollout.num_prompts_per_step",
                 "rollout.num_generations_per_prompt",
                 "train.train_global_batch_size",

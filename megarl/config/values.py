@@ -329,12 +329,6 @@ def _policy_loss(cfg: "Config") -> Problems:
     if loss.policy_loss in ("gspo", "sequence_clip") and loss.loss_agg_mode != "seq-mean-token-mean":
         text = f"{name} is one loss a sequence: it needs loss.loss_agg_mode=seq-mean-token-mean"
         yield Problem(text, ("loss.policy_loss", "loss.loss_agg_mode"))
-    if loss.policy_loss != "ppo_clip" and loss.clip_ratio_c is not None:
-        text = f"loss.clip_ratio_c = {loss.clip_ratio_c} is of ppo_clip and would do nothing: {name}"
-        yield Problem(text, ("loss.policy_loss", "loss.clip_ratio_c"))
-    if loss.policy_loss != "cispo" and loss.cispo_clip_low:
-        text = f"loss.cispo_clip_low = true is of cispo and would do nothing: {name}"
-        yield Problem(text, ("loss.policy_loss", "loss.cispo_clip_low"))
     if loss.kl_type == "k2" and loss.kl_gradient == "score_function":
         text = "loss.kl_type = k2 has the gradient of the divergence by itself: leave loss.kl_gradient=estimator"
         yield Problem(text, ("loss.kl_type", "loss.kl_gradient"))
@@ -344,6 +338,9 @@ def _policy_loss(cfg: "Config") -> Problems:
             f"{text} would correct for the same difference twice",
             ("loss.use_rollout_logps", "loss.truncated_importance_sampling_type"),
         )
+    if cfg.advantage.kl_target is not None and cfg.advantage.kl_coef == 0:
+        text = f"advantage.kl_target = {cfg.advantage.kl_target} holds advantage.kl_coef, which is 0 and stays 0"
+        yield Problem(text, ("advantage.kl_target", "advantage.kl_coef"))
     low, high = loss.truncated_importance_sampling_ratio_min, loss.truncated_importance_sampling_ratio
     if correction in ("icepop", "seq-mask-tis") and low >= high:
         path = "loss.truncated_importance_sampling_ratio"
@@ -364,16 +361,14 @@ def _preference(cfg: "Config") -> Problems:
         yield Problem(text, (f"{path}loss", "data.reference_prompt_key"))
     if cfg.algorithm == "online_dpo" and preference.loss == "longpo":
         yield Problem("preference.loss = longpo learns from data: algorithm = preference", ("algorithm", f"{path}loss"))
-    if preference.precompute_ref_log_probs and (preference.loss == "kto" or cfg.algorithm in ON_POLICY):
-        what = "kto, whose baseline is of new pairs" if preference.loss == "kto" else f"{cfg.algorithm}, which samples"
-        text = f"preference.precompute_ref_log_probs = true: there is nothing to compute once in {what} every step"
-        yield Problem(text, (f"{path}precompute_ref_log_probs", f"{path}loss", "algorithm"))
+    if preference.precompute_ref_log_probs and preference.loss == "kto":
+        text = (
+            "preference.precompute_ref_log_probs = true: preference.loss = kto has a baseline of new pairs every step"
+        )
+        yield Problem(f"{text}; leave it out", (f"{path}precompute_ref_log_probs", f"{path}loss"))
     if preference.ref_log_probs_path is not None and not preference.precompute_ref_log_probs:
         text = "preference.ref_log_probs_path goes with preference.precompute_ref_log_probs=true"
         yield Problem(text, (f"{path}ref_log_probs_path", f"{path}precompute_ref_log_probs"))
-    if preference.bco_density_ratio and preference.loss != "bco":
-        text = f"preference.bco_density_ratio = true is of bco: preference.loss = {preference.loss}"
-        yield Problem(text, (f"{path}bco_density_ratio", f"{path}loss"))
     loss, smoothing = (
         f"preference.loss = {preference.loss}",
         f"preference.label_smoothing = {preference.label_smoothing}",

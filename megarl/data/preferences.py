@@ -92,7 +92,7 @@ def need_scores(pairs: Iterable[Pair], data: DataConfig, who: str) -> None:
     """Raise DataError if a pair has no scores, and say who needs them."""
     without = [pair.id for pair in pairs if pair.chosen_score is None]
     if without:
-        keys = f"data.chosen_score_key={data.chosen_score_key!r} and data.rejected_score_key={data.rejected_score_key!r}"
+        keys = " and ".join(f"data.{key}={vars(data)[key]!r}" for key in ("chosen_score_key", "rejected_score_key"))
         others = f", nor have {len(without) - 1} other pairs" if without[1:] else ""
         raise DataError(f"{without[0]}: has no scores ({keys}), which {who} needs{others}")
 

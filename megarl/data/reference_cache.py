@@ -1,8 +1,8 @@
 """A reference model's log-probabilities of a data set, in a file.
 
-Contract: the first line is a `Stamp`, which says what the numbers are of: the model's weights, the number format that it
-computed in, and the tokens of every sample. `read` refuses a file with another one. Each further line is one response's
-log-probabilities added up: {"id", "index", "logps"}. `write` puts the file in place whole, or not at all.
+Contract: the first line is a `Stamp`, which says what the numbers are of: the model's weights, the number format that
+it computed in, and the tokens of every sample. `read` refuses a file with another one. Each further line is one
+response's log-probabilities added up: {"id", "index", "logps"}. `write` puts the file in place whole, or not at all.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Learning from pairs and from labels: whole runs at full batch, the same on every layout, beginning where each loss has
-to begin."""
+"""Learning from pairs and from labels: whole runs at full batch, the same on every layout, beginning where each loss
+has to begin."""
 
 from __future__ import annotations
 

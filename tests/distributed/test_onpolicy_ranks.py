@@ -23,8 +23,6 @@ cluster: {{device: cpu}}
 run: {{root: {root}, max_num_steps: 12, max_num_epochs: 100}}
 model: {{path: {model}, dtype: fp32}}
 optimizer: {{lr: 1.0e-3}}
-critic: {{optimizer: {{lr: 1.0e-3}}}}
-prime: {{optimizer: {{lr: 1.0e-3}}}}
 train: {{train_global_batch_size: 32, ppo_epochs: 2, train_mb_tokens: 120, logprob_mb_tokens: 120}}
 data: {{path: {data}, apply_chat_template: false, max_prompt_length: 8}}
 rollout: {{num_prompts_per_step: 8, num_generations_per_prompt: 4, max_response_length: 6, kv_cache_gb: 0.02}}
@@ -62,8 +60,13 @@ METHODS = {
         "{first_step: 6, max_response_length: 6}]"
     ],
     "remax": ["algorithm=remax"],
-    "ppo": ["algorithm=ppo", "critic.critic_warmup_steps=2", *IN_REWARD],
-    "prime": ["algorithm=prime", "rollout.dynamic_sampling=true", "rollout.dynamic_sampling_min_reward=0.05"],
+    "ppo": ["algorithm=ppo", "critic.optimizer.lr=1e-3", "critic.critic_warmup_steps=2", *IN_REWARD],
+    "prime": [
+        "algorithm=prime",
+        "prime.optimizer.lr=1e-3",
+        "rollout.dynamic_sampling=true",
+        "rollout.dynamic_sampling_min_reward=0.05",
+    ],
     "online-dpo": ["algorithm=online_dpo", "train.train_global_batch_size=8", "reward.missing_eos_penalty=0.1"],
     "online-ipo": [
         "algorithm=online_dpo",

@@ -94,7 +94,7 @@ def test_learning_from_data_resumes_bit_for_bit(ranks, recipe, what, layout):
 @pytest.mark.slow
 @pytest.mark.parametrize("what, layout", [("grpo", "DP2"), ("grpo", "TP2"), ("ppo", "DP2"), ("prime", "DP2")])
 def test_learning_from_rollouts_resumes_bit_for_bit(ranks, recipe, what, layout):
-    """vLLM's rollouts included: their seeds are of the step and the sample. PPO's critic and PRIME's reward model too."""
+    """vLLM's rollouts included: their seeds are of the step and the sample. PPO's critic and PRIME's model too."""
     check_bits(ranks, recipe, what, layout)
 
 
