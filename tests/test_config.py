@@ -149,7 +149,8 @@ def test_all_problems_come_at_once_and_say_where(recipe: Callable[..., Path]) ->
         f"{path}:13: loss.kl_type = 'k4': expected one of k1, k2, k3",
         "command line: advantage = 5: expected a section with adv_estimator, normalize_by_std, "
         "use_leave_one_out_baseline, eps, "
-        "baseline, gamma, gae_lambda, normalize_advantages, kl_coef, kl_target, kl_horizon",
+        "baseline, truncated_in_baseline, max_difference, gamma, gae_lambda, normalize_advantages, "
+        "whiten_with_bessel, kl_coef, kl_target, kl_horizon",
         "command line: train.ppo_epochs = True: expected an integer",
         "loss.entropy_coef = -1.0 is outside [0, inf)",
         "reward.functions: unknown reward 'maths'; did you mean math?",

@@ -46,7 +46,7 @@ def loaded(tmp_path, *overrides) -> Config:
         (["algorithm=preference", "preference.loss=longpo"], "longpo needs data.reference_prompt_key"),
         (
             [*KTO, "preference.precompute_ref_log_probs=true"],
-            "preference.loss = kto has a baseline of new pairs every step",
+            "preference.loss = kto has a baseline of other pairs a step",
         ),
         (["preference.ref_log_probs_path=a.jsonl"], "goes with preference.precompute_ref_log_probs=true"),
         (["advantage.kl_target=0.1"], "advantage.kl_target = 0.1 holds advantage.kl_coef, which is 0 and stays 0"),

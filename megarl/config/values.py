@@ -363,7 +363,7 @@ def _preference(cfg: "Config") -> Problems:
         yield Problem("preference.loss = longpo learns from data: algorithm = preference", ("algorithm", f"{path}loss"))
     if preference.precompute_ref_log_probs and preference.loss == "kto":
         text = (
-            "preference.precompute_ref_log_probs = true: preference.loss = kto has a baseline of new pairs every step"
+            "preference.precompute_ref_log_probs = true: preference.loss = kto has a baseline of other pairs a step"
         )
         yield Problem(f"{text}; leave it out", (f"{path}precompute_ref_log_probs", f"{path}loss"))
     if preference.ref_log_probs_path is not None and not preference.precompute_ref_log_probs:
