@@ -24,6 +24,7 @@ REWARDS = {
     "format": "megarl.rewards.format:format_reward",
     "countdown": "megarl.rewards.countdown:countdown_reward",
     "code": "megarl.rewards.code:code_reward",
+    "measure": "megarl.rewards.measure:measure_reward",
     "http": "megarl.rewards.http:http_reward",
     "judge": "megarl.rewards.judge:judge_reward",
     "reward_model": "megarl.rewards.reward_model:reward_model_reward",

@@ -13,6 +13,7 @@ from fractions import Fraction
 
 ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*)</answer>", flags=re.DOTALL)
 TOKEN = re.compile(r"\s*([0-9]+|[-+*/()])")
+DECIMAL_TOKEN = re.compile(r"\s*([0-9]*\.?[0-9]+|[-+*/()])")
 SPELLINGS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-"})
 MAX_CHARACTERS = 400  # an expression of a dozen numbers has less than 100; parentheses recurse
 
@@ -41,15 +42,16 @@ def score(completion: str, nums: list[int], target: int, format_score: float) ->
     return 1.0 if value == target and sorted(used) == sorted(nums) and said == str(target) else format_score
 
 
-def evaluate(expression: str) -> tuple[Fraction, list[int]]:
-    """The value of an expression, and the numbers in it. Raises NotArithmeticError."""
+def evaluate(expression: str, *, decimals: bool = False) -> tuple[Fraction, list[Fraction]]:
+    """The value of an expression, and the numbers in it, with `decimals` not only whole ones. Raises
+    NotArithmeticError."""
     if len(expression) > MAX_CHARACTERS:
         raise NotArithmeticError(f"{len(expression)} characters")
     expression = expression.strip()
     tokens: list[str] = []
     at = 0
     while at < len(expression):
-        found = TOKEN.match(expression, at)
+        found = (DECIMAL_TOKEN if decimals else TOKEN).match(expression, at)
         if found is None:
             raise NotArithmeticError(f"cannot read {expression[at:]!r}")
         tokens.append(found[1])
@@ -57,7 +59,7 @@ def evaluate(expression: str) -> tuple[Fraction, list[int]]:
     value, rest = sum_of(tokens)
     if rest:
         raise NotArithmeticError(f"cannot read {' '.join(rest)!r}")
-    return value, [int(token) for token in tokens if token.isdigit()]
+    return value, [Fraction(token) for token in tokens if token[-1].isdigit()]
 
 
 def sum_of(tokens: list[str]) -> tuple[Fraction, list[str]]:
@@ -84,8 +86,8 @@ def product_of(tokens: list[str]) -> tuple[Fraction, list[str]]:
 
 def factor_of(tokens: list[str]) -> tuple[Fraction, list[str]]:
     """number | ( sum ): its value, and the tokens behind it."""
-    if tokens and tokens[0].isdigit():
-        return Fraction(int(tokens[0])), tokens[1:]
+    if tokens and tokens[0][-1].isdigit():
+        return Fraction(tokens[0]), tokens[1:]
     if not tokens or tokens[0] != "(":
         raise NotArithmeticError(f"a number or ( is missing before {tokens[0] if tokens else 'the end'!r}")
     value, rest = sum_of(tokens[1:])
