@@ -3,18 +3,26 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
-from megarl.algorithms.credit import scores_of
-from megarl.config import RewardConfig
+from megarl.advantages import reinforce_pp
+from megarl.algorithms.credit import Step, scores_of
+from megarl.config import AdvantageConfig, RewardConfig
+from megarl.data.prompts import Prompt
 from megarl.data.records import Sample
 from megarl.rewards.runner import RewardResult
-from megarl.rollout.table import EmptyStepError, Rollout, Row, not_empty
+from megarl.rollout.table import EmptyStepError, Rollout, Row, inputs_of, not_empty, row_of
+from tests.byte_tokenizer import byte_tokenizer
+
+
+def scored(total, **parts):
+    return RewardResult(total, parts, None)
 
 
 def rollout(rewards, first_prompt=0, lengths=None, limit=10, here=lambda row: True):
     """Groups by prompt; everything sampled here, but for what ``here`` says no to."""
     rows = [
-        Row(first_prompt + p, k, f"p{p}", 2, length, "length" if length == limit else "stop", RewardResult(r, {}, None))
+        Row(first_prompt + p, k, f"p{p}", 2, length, length, "length" if length == limit else "stop", scored(r))
         for p, group in enumerate(rewards)
         for k, (r, length) in enumerate(zip(group, (lengths or [[4] * len(g) for g in rewards])[p], strict=True))
     ]
@@ -63,3 +71,87 @@ def test_penalties_by_hand(settings, expected):
     """Of 6, 8 and 10 tokens, where 10 is the limit."""
     table = rollout([[1.0, 1.0, 1.0]], lengths=[[6, 8, 10]])
     assert scores_of(RewardConfig(**settings), table).tolist() == pytest.approx(expected)
+
+
+def test_penalties_leave_out_what_the_policy_read():
+    """Ten tokens each, of which it wrote 6, 8 and 10; a limit of turns or time counts as one."""
+    table = rollout([[1.0, 1.0, 1.0]], lengths=[[10, 10, 10]])
+    reasons = ("stop", "turns", "timeout")
+    table.rows = [
+        replace(row, written_length=written, finish_reason=reason)
+        for row, written, reason in zip(table.rows, (6, 8, 10), reasons, strict=True)
+    ]
+    assert scores_of(RewardConfig(length_penalty=0.1), table).tolist() == pytest.approx([0.4, 0.2, 0.0])
+    assert scores_of(RewardConfig(overlong_buffer_len=4), table).tolist() == pytest.approx([1.0, 0.5, 0.0])
+    assert scores_of(RewardConfig(missing_eos_penalty=0.5), table).tolist() == [1.0, 0.5, 0.5]
+
+
+def test_rewards_see_what_the_policy_wrote_and_what_the_environment_measured():
+    tokenizer = byte_tokenizer()
+    tokens = [tokenizer.encode(text, add_special_tokens=False) for text in ("2+2=", "ask", "<4>", "4")]
+    mask = torch.tensor([True] * 3 + [False] * 3 + [True])
+    sample = Sample(
+        "p",
+        1,
+        [token for part in tokens for token in part],
+        4,
+        loss_mask=mask,
+        finish_reason="stop",
+        measures={"tool_calls": 1.0},
+    )
+    prompt = Prompt("p", tokens[0], "2+2=", "4", {"level": 3, "tool_calls": "the record's own"})
+    (entry,) = inputs_of(prompt, [sample], tokenizer)
+    assert (entry.prompt_id, entry.sample_index) == ("p", 1)
+    assert entry.columns == {
+        "level": 3,
+        "tool_calls": 1.0,
+        "completions": "ask4",
+        "transcripts": "ask<4>4",
+        "completion_ids": tokens[1] + tokens[3],
+        "prompts": "2+2=",
+        "answers": "4",
+        "finish_reasons": "stop",
+    }
+    row = row_of(5, sample, scored(1.0))
+    assert (row.response_length, row.written_length, row.cut) == (7, 4, False)
+
+
+def test_metrics_of_turns_tools_and_rewards_that_only_some_have():
+    table = rollout([[1.0, 0.0, 1.0]])
+    measures = ({"num_turns": 1, "tool_calls": 0, "tool_failures": 0}, {"num_turns": 4, "tool_calls": 3}, {})
+    measures[1]["tool_failures"] = 1
+    results = (scored(1.0, math=1.0), scored(0.0, math=0.0), scored(1.0, code=1.0))
+    table.rows = [replace(row, measures=m, result=r) for row, m, r in zip(table.rows, measures, results, strict=True)]
+    metrics = table.metrics()
+    assert (metrics["num_turns/mean"], metrics["num_turns/max"]) == (2.5, 4)
+    assert (metrics["tool_call_counts/mean"], metrics["tool_call_counts/max"]) == (1.5, 3)
+    assert metrics["tool_call_counts/failure_ratio"] == pytest.approx(1 / 3)
+    assert (metrics["reward/math"], metrics["reward/code"]) == (0.5, 1.0)
+    assert not any(name.startswith("environment/") for name in metrics)
+    table.rows = [replace(row, measures={"success": i}) for i, row in enumerate(table.rows)]
+    assert table.metrics()["environment/success"] == 1.0
+
+
+def test_advantages_go_to_the_tokens_that_the_policy_wrote():
+    """One sample alone: 2 tokens, a hole of 2, 1 token; a reward of 3 and k1 of 1 a written token, times 0.5.
+
+    Rewards are -0.5, -0.5, 2.5 over the written tokens; to go at gamma 1/2: 2.5, then -0.5 + 1.25, then -0.5 + 0.375.
+    Of these the mean is 1.0417 and the standard deviation (Bessel's) 1.3369: that is what whitening leaves.
+    """
+    mask = torch.tensor([True, True, False, False, True])
+    old, reference = torch.tensor([-1.0, -1, 9, 9, -1]), torch.tensor([-2.0, -2, -9, -9, -2])
+    sample = Sample("p", 0, [0] * 7, 2, loss_mask=mask, old_logps=old, ref_logps=reference, row=0)
+    step = Step(
+        AdvantageConfig(gamma=0.5),
+        torch.tensor([3.0]),
+        torch.tensor([0]),
+        torch.tensor([False]),
+        [sample],
+        None,
+        kl_coef=0.5,
+    )
+    assert step.token_rewards.tolist() == [[-0.5, -0.5, 0.0, 0.0, 2.5]]
+    whitened = [(x - 1.0416667) / 1.3369 for x in (-0.125, 0.75, 2.5)]
+    got = reinforce_pp(step.token_rewards, step.mask, gamma=0.5)[0]
+    assert got[mask].tolist() == pytest.approx(whitened, abs=1e-3)
+    assert got[~mask].tolist() == [0.0, 0.0]

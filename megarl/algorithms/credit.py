@@ -144,9 +144,9 @@ ESTIMATORS: dict[str, Callable[[Step], Tensor]] = {
 
 def scores_of(cfg: RewardConfig, rollout: Rollout) -> Tensor:
     """[N] the step's rewards, less the configured penalties: for responses that come near the limit, that reached it,
-    and for every token."""
+    and for every token. What a policy read is not held against it: only tokens that it wrote count."""
     scores = rollout.rewards
-    lengths = torch.tensor([row.response_length for row in rollout.rows])
+    lengths = torch.tensor([row.written_length for row in rollout.rows])
     if cfg.overlong_buffer_len:
         penalty = advantages.soft_overlong_penalty(lengths, rollout.max_response_length, cfg.overlong_buffer_len)
         scores = scores + cfg.overlong_buffer_penalty * penalty
@@ -155,8 +155,8 @@ def scores_of(cfg: RewardConfig, rollout: Rollout) -> Tensor:
 
 
 def truncated(rollout: Rollout) -> Tensor:
-    """[N] bool: responses that reached the limit instead of ending by themselves."""
-    return torch.tensor([row.finish_reason == "length" for row in rollout.rows], dtype=torch.bool)
+    """[N] bool: responses that reached a limit instead of ending by themselves."""
+    return torch.tensor([row.cut for row in rollout.rows], dtype=torch.bool)
 
 
 def step_of(cfg: Config, rollout: Rollout, samples: Sequence[Sample], mesh: Mesh, kl_coef: float = 0.0) -> Step:

@@ -362,9 +362,7 @@ def _preference(cfg: "Config") -> Problems:
     if cfg.algorithm == "online_dpo" and preference.loss == "longpo":
         yield Problem("preference.loss = longpo learns from data: algorithm = preference", ("algorithm", f"{path}loss"))
     if preference.precompute_ref_log_probs and preference.loss == "kto":
-        text = (
-            "preference.precompute_ref_log_probs = true: preference.loss = kto has a baseline of other pairs a step"
-        )
+        text = "preference.precompute_ref_log_probs = true: preference.loss = kto has a baseline of other pairs a step"
         yield Problem(f"{text}; leave it out", (f"{path}precompute_ref_log_probs", f"{path}loss"))
     if preference.ref_log_probs_path is not None and not preference.precompute_ref_log_probs:
         text = "preference.ref_log_probs_path goes with preference.precompute_ref_log_probs=true"

@@ -1,11 +1,12 @@
 """Rewards: plain functions in plain files, one file each.
 
 Contract: a reward is `def f(completions: list[str], **columns: list) -> list[float]`, as in TRL. The columns are
-`prompts`, `answers`, `completion_ids`, `finish_reasons` and every field of the data's records, each a list as long as
-`completions`. Options from the config arrive as keyword arguments. A reward that cannot judge a sample raises; 0.0
-means judged, and worth nothing. One with an option `batch_size` is called for up to so many samples at once, and may
-return an exception in the place of a number (`megarl.rewards.plan`). Options behind a `*` in its signature are never
-taken for columns of the same name.
+`prompts`, `answers`, `completion_ids`, `finish_reasons`, `transcripts` (of several turns: with what the policy read in
+between), every measure of an environment and every field of the data's records, each a list as long as `completions`.
+Options from the config arrive as keyword arguments; those behind a `*` in the signature are never taken for columns of
+the same name. A reward that cannot judge a sample raises; 0.0 means judged, and worth nothing. One with an option
+`batch_size` is called for up to so many samples at once, and may return an exception in the place of a number
+(`megarl.rewards.plan`).
 
 Importing this package imports no reward: the libraries some need are loaded when `resolve` is asked for them.
 """
@@ -29,7 +30,7 @@ REWARDS = {
     "judge": "megarl.rewards.judge:judge_reward",
     "reward_model": "megarl.rewards.reward_model:reward_model_reward",
 }
-COLUMNS = ("completions", "prompts", "answers", "completion_ids", "finish_reasons")
+COLUMNS = ("completions", "prompts", "answers", "completion_ids", "finish_reasons", "transcripts")
 
 
 class RewardError(Exception):

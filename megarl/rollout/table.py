@@ -22,6 +22,7 @@ from megarl.data.prompts import Prompt
 from megarl.data.records import Sample
 from megarl.parallel.collectives import exchange_samples, gather_objects
 from megarl.parallel.mesh import Mesh
+from megarl.rewards import RewardError
 from megarl.rewards.runner import RewardInput, RewardResult
 from megarl.rollout.conversation import Sampling
 
@@ -39,8 +40,15 @@ class Row:
     prompt_id: str
     prompt_length: int
     response_length: int
+    written_length: int  # of these, tokens that the policy wrote
     finish_reason: str
     result: RewardResult
+    measures: dict[str, float] = field(default_factory=dict)  # what an environment says of it
+
+    @property
+    def cut(self) -> bool:
+        """Whether a limit ended it: of tokens, or an environment's of turns or time."""
+        return self.finish_reason != "stop"
 
 
 @dataclass
@@ -138,7 +146,6 @@ class Rollout:
         """Rewards and lengths of the step, in verl's names."""
         rewards = self.rewards
         responses = torch.tensor([row.response_length for row in self.rows], dtype=torch.float32)
-        cut = [row.finish_reason == "length" for row in self.rows]
         out = {
             "reward/mean": rewards.mean().item(),
             "reward/std": rewards.std(correction=0).item(),
@@ -147,37 +154,75 @@ class Rollout:
             "response_length/mean": responses.mean().item(),
             "response_length/max": responses.max().item(),
             "response_length/min": responses.min().item(),
-            "response_length/clip_ratio": sum(cut) / len(cut),
+            "response_length/clip_ratio": sum(row.cut for row in self.rows) / len(self.rows),
             "prompt_length/mean": sum(row.prompt_length for row in self.rows) / len(self.rows),
         }
         if self.num_gen_batches > 1:
             out["dynamic_sampling/num_gen_batches"] = float(self.num_gen_batches)
-        for name in self.rows[0].result.parts:
-            out[f"reward/{name}"] = sum(row.result.parts[name] for row in self.rows) / len(self.rows)
+        parts = means([row.result.parts for row in self.rows])
+        return out | {f"reward/{name}": value for name, value in parts.items()} | self._measured()
+
+    def _measured(self) -> dict[str, float]:
+        """What environments measured: verl's names for turns and tools, the others as means."""
+        measures = [row.measures for row in self.rows]
+        out = {f"environment/{name}": value for name, value in means(measures).items()}
+        for name in ("num_turns", "tool_calls"):
+            if f"environment/{name}" in out:
+                metric = "tool_call_counts" if name == "tool_calls" else name
+                out[f"{metric}/mean"] = out.pop(f"environment/{name}")
+                out[f"{metric}/max"] = max(row[name] for row in measures if name in row)
+        if "environment/tool_failures" in out:
+            calls = sum(row.get("tool_calls", 0) for row in measures)
+            failures = sum(row.get("tool_failures", 0) for row in measures)
+            out["tool_call_counts/failure_ratio"] = failures / calls if calls else 0.0
+            del out["environment/tool_failures"]
         return out
 
 
+def means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The mean of each name over those that have it: rewards of some domains, measures of some episodes."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row.items():
+            found.setdefault(name, []).append(value)
+    return {name: sum(values) / len(values) for name, values in found.items()}
+
+
 def inputs_of(prompt: Prompt, samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase) -> list[RewardInput]:
-    """What reward functions are told of a prompt's samples."""
+    """What reward functions are told of a prompt's samples. What a policy read in between is none of its completion, so
+    that no reward takes a tool's words for its own; the whole is in "transcripts"."""
     responses = [sample.tokens[sample.prompt_length :] for sample in samples]
-    texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
+    written = [own(sample, response) for sample, response in zip(samples, responses, strict=True)]
+    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+    transcripts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     inputs = []
-    for sample, response, text in zip(samples, responses, texts, strict=True):
-        columns = dict(prompt.fields) | {
+    for sample, tokens, text, transcript in zip(samples, written, texts, transcripts, strict=True):
+        columns = prompt.fields | sample.measures
+        columns |= {
             "completions": text,
             "prompts": prompt.text,
             "answers": prompt.answer,
-            "completion_ids": response,
+            "completion_ids": tokens,
             "finish_reasons": sample.finish_reason,
+            "transcripts": transcript,
         }
         inputs.append(RewardInput(prompt.id, sample.index, columns))
     return inputs
 
 
+def own(sample: Sample, response: list[int]) -> list[int]:
+    """The tokens of a response that the policy wrote."""
+    if sample.loss_mask is None:
+        return response
+    return [token for token, wrote in zip(response, sample.loss_mask.tolist(), strict=True) if wrote]
+
+
 def row_of(number: int, sample: Sample, result: RewardResult) -> Row:
     """The row of a sample of the step's prompt ``number``."""
-    length, reason = sample.response_length, sample.finish_reason
-    return Row(number, sample.index, sample.prompt_id, sample.prompt_length, length, reason, result)
+    length, prompt_length = sample.response_length, sample.prompt_length
+    written = length if sample.loss_mask is None else int(sample.loss_mask.sum())
+    reason, measures = sample.finish_reason, sample.measures
+    return Row(number, sample.index, sample.prompt_id, prompt_length, length, written, reason, result, measures)
 
 
 def tabulate(scored: Sequence[tuple[Row, Sample]], mesh: Mesh, longest: int) -> Rollout:
@@ -255,6 +300,8 @@ def validation_metrics(cfg: Config, rollout: Rollout) -> dict[str, float]:
     weighted reward, and response lengths."""
     metrics = not_empty(rollout).metrics()
     measured = cfg.validation.val_reward or cfg.reward.functions[0].name
+    if f"reward/{measured}" not in metrics:
+        raise RewardError(f"no held-out sample is scored by {measured!r}: name a reward of its domains as val_reward")
     return {
         "val/accuracy": metrics[f"reward/{measured}"],
         "val/reward": metrics["reward/mean"],
