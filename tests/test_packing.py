@@ -1,5 +1,7 @@
 """Packing: plans by hand and by property, and the tensors of a small microbatch written out."""
 
+import timeit
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,6 +9,7 @@ from hypothesis import strategies as st
 
 from megarl.data.packing import balance, microbatches_of, pack, token_weights
 from megarl.data.records import Sample
+from megarl.model.flops import ModelFlops
 
 CPU = torch.device("cpu")
 lengths_of = st.lists(st.integers(1, 50), min_size=1, max_size=60)
@@ -37,6 +40,36 @@ def test_microbatches_respect_the_budget(lengths, budget):
 def test_a_sequence_over_the_budget_is_refused():
     with pytest.raises(ValueError, match="51 tokens does not fit a microbatch of 50"):
         microbatches_of([3, 51], 50)
+
+
+def test_equal_tokens_are_not_equal_work():
+    """One sequence of 8 and four of 4. Where attention is all there is, a sequence of n costs n^2 / 2: 12 tokens each
+    would be (8^2 + 4^2) / 2 = 40 against 3 x 4^2 / 2 = 24; the even deal is 32 and 32."""
+    lengths, flops = [8, 4, 4, 4, 4], ModelFlops(matmul_parameters=0, full_attention=1)
+    costs = [flops.cost(n) for n in lengths]
+    assert costs == [32, 8, 8, 8, 8]
+    assert balance(lengths, 2) == [[0, 3], [1, 2, 4]]
+    assert balance(costs, 2) == [[0], [1, 2, 3, 4]]
+    assert microbatches_of(lengths, 16, costs) == [[0], [1, 2, 3, 4]]
+    # Where four of 4 do not fit a microbatch, tokens are dealt evenly after all.
+    assert microbatches_of(lengths, 15, costs) == [[0, 3], [1, 2, 4]]
+
+
+def test_work_is_even_over_32_replicas_in_milliseconds():
+    """Llama-70B's sizes, 4,096 long-tailed lengths of up to 32k: the dearest replica within 3 % of the mean."""
+    generator = torch.Generator().manual_seed(0)
+    tail = torch.randn(4096, generator=generator).mul(0.9).add(8.6).exp()
+    lengths = tail.clamp(64, 32768).int().tolist()
+    flops = ModelFlops(matmul_parameters=70_000_000_000, full_attention=4 * 80 * 64 * 128)
+
+    def plan() -> list[list[int]]:
+        return balance([flops.cost(n) for n in lengths], 32)
+
+    totals = [sum(flops.cost(lengths[i]) for i in group) for group in plan()]
+    assert max(totals) / (sum(totals) / 32) <= 1.03
+    by_tokens = [sum(flops.cost(lengths[i]) for i in group) for group in balance(lengths, 32)]
+    assert max(totals) < max(by_tokens)
+    assert min(timeit.repeat(plan, number=1, repeat=5)) < 0.05
 
 
 def test_pack_written_out():

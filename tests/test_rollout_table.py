@@ -10,6 +10,7 @@ from megarl.algorithms.credit import Step, scores_of
 from megarl.config import AdvantageConfig, RewardConfig
 from megarl.data.prompts import Prompt
 from megarl.data.records import Sample
+from megarl.model.flops import ModelFlops
 from megarl.rewards.runner import RewardResult
 from megarl.rollout.table import EmptyStepError, Rollout, Row, inputs_of, not_empty, row_of
 from tests.byte_tokenizer import byte_tokenizer
@@ -27,7 +28,7 @@ def rollout(rewards, first_prompt=0, lengths=None, limit=10, here=lambda row: Tr
         for k, (r, length) in enumerate(zip(group, (lengths or [[4] * len(g) for g in rewards])[p], strict=True))
     ]
     mine = {i: Sample(row.prompt_id, row.index, [0] * 6, 2) for i, row in enumerate(rows) if here(i)}
-    return Rollout(rows, [], mine, None, limit)
+    return Rollout(rows, [], mine, None, limit, ModelFlops(1, 1))
 
 
 def test_groups_of_equal_rewards_are_left_out():

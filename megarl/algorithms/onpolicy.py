@@ -124,7 +124,7 @@ def prepare(cfg: Config, run: Run, mesh: Mesh, *, reference: bool) -> Parts:
             sampler=sampler,
             policy=policy,
             weights=policy.stream(cfg.weight_sync.bucket_size_mb << 20, deal),
-            reference=HostWeights(policy.model) if reference else None,
+            reference=policy.weights() if reference else None,
             kl=penalty(cfg.advantage),
             steps=steps,
         )

@@ -15,6 +15,7 @@ from megarl.algorithms.reference import Reference, labels_of, ratios
 from megarl.algorithms.sft import deal, steps_of
 from megarl.checkpoint.checkpoints import Checkpoints
 from megarl.config import Config
+from megarl.config.sizes import longest_in_microbatch
 from megarl.data.preferences import Pair, load_pairs, need_scores
 from megarl.data.prompts import PromptStream
 from megarl.data.reading import DataError
@@ -33,7 +34,7 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
     make = short_samples if name == "longpo" else samples_of
     with run.phase("load"):
         spec = read_spec(cfg.model.path)
-        longest = min(spec.max_position_embeddings, cfg.train.train_mb_tokens // 2 + 1)  # a microbatch holds a pair
+        longest = min(spec.max_position_embeddings, longest_in_microbatch(cfg, 2) + 1)  # a microbatch holds a pair
         pairs = load_pairs(cfg.data, AutoTokenizer.from_pretrained(cfg.model.path), longest)
         if name in NEEDS_REWARDS:
             need_scores(pairs, cfg.data, f"preference.loss = {name}")
@@ -51,7 +52,8 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
     for step in checkpoints.steps(steps):
         with run.phase("step"):
             drawn = stream.next(cfg.train.train_global_batch_size)
-            mine = deal(drawn, [len(pair.chosen) + len(pair.rejected) for pair in drawn], mesh)
+            costs = [policy.flops.forward([len(pair.chosen), len(pair.rejected)]) for pair in drawn]
+            mine = deal(drawn, costs, mesh)
             batch = [sample for pair in mine for sample in make(pair)]
             if reference:
                 reference.attach(batch)

@@ -19,7 +19,7 @@ from megarl.config import Config
 from megarl.data.records import Sample
 from megarl.losses.policy import grpo
 from megarl.losses.reward_model import implicit_process_reward_tokens
-from megarl.model.engine import Engine, HostWeights
+from megarl.model.engine import Engine
 from megarl.observe.run import Run
 from megarl.parallel.mesh import Mesh
 from megarl.rewards import RewardError
@@ -32,7 +32,7 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
     with run.phase("load"):
         updates = number_of_steps(cfg, len(parts.stream.items))[1]
         prm = another_model(cfg, mesh, cfg.prime.path, cfg.prime.optimizer, updates)
-        anchor = HostWeights(prm.model)
+        anchor = prm.weights()
     policy_loss, prm_loss = partial(grpo, cfg=cfg.loss), partial(implicit_process_reward_tokens, beta=cfg.prime.beta)
     for step in parts.each_step(prm=prm):
         with run.phase("step"):

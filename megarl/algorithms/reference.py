@@ -35,7 +35,7 @@ class Reference:
         self._weights: HostWeights | None = None
         self._sums: dict[Key, float] = {}
         if not cfg.preference.precompute_ref_log_probs:
-            self._weights = HostWeights(policy.model)
+            self._weights = policy.weights()
             return
         wanted = cfg.preference.ref_log_probs_path
         path = None if wanted is None else Path(wanted)
@@ -79,7 +79,7 @@ def _compute(policy: Engine, data: Sequence[Sample], mesh: Mesh) -> dict[Key, fl
     sums: dict[Key, float] = {}
     for at in range(0, len(data), _CHUNK):
         chunk = data[at : at + _CHUNK]
-        mine = deal(chunk, [len(sample.tokens) for sample in chunk], mesh)
+        mine = deal(chunk, [policy.flops.cost(len(sample.tokens)) for sample in chunk], mesh)
         found = [(s.prompt_id, s.index, logps.sum().item()) for s, logps in zip(mine, policy.logps(mine), strict=True)]
         for part in gather_objects(found, mesh.dp_group):
             sums |= {(prompt_id, index): total for prompt_id, index, total in part}

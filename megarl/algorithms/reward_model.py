@@ -14,6 +14,7 @@ from megarl.algorithms.preference import named
 from megarl.algorithms.sft import deal, steps_of
 from megarl.checkpoint.checkpoints import Checkpoints
 from megarl.config import Config
+from megarl.config.sizes import longest_in_microbatch
 from megarl.data.preferences import Pair, load_pairs, need_scores
 from megarl.data.prompts import PromptStream
 from megarl.data.records import Sample
@@ -28,7 +29,7 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
     """`train_global_batch_size` pairs a step, for `max_num_epochs`, or `max_num_steps` if that is less."""
     with run.phase("load"):
         spec = read_spec(cfg.model.path).with_scalar_head()
-        longest = min(spec.max_position_embeddings, cfg.train.train_mb_tokens // 2)  # a microbatch holds a pair
+        longest = min(spec.max_position_embeddings, longest_in_microbatch(cfg, 2))  # a microbatch holds a pair
         pairs = load_pairs(cfg.data, AutoTokenizer.from_pretrained(cfg.model.path), longest)
         if cfg.preference.margin_from_scores:
             need_scores(pairs, cfg.data, "preference.margin_from_scores = true")
@@ -42,8 +43,8 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
     for step in checkpoints.steps(steps):
         with run.phase("step"):
             drawn = stream.next(cfg.train.train_global_batch_size)
-            lengths = [len(pair.chosen) + len(pair.rejected) for pair in drawn]
-            batch = [sample for pair in deal(drawn, lengths, mesh) for sample in scored(pair)]
+            costs = [model.flops.forward([len(pair.chosen), len(pair.rejected)]) for pair in drawn]
+            batch = [sample for pair in deal(drawn, costs, mesh) for sample in scored(pair)]
             with run.phase("train"):
                 metrics = model.step(batch, loss, loss_agg_mode="seq-mean-token-mean", together=2)
             checkpoints.save_if_due(step)

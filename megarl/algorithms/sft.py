@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from megarl.checkpoint.checkpoints import Checkpoints
 from megarl.config import Config
+from megarl.config.sizes import longest_in_microbatch
 from megarl.data.packing import balance
 from megarl.data.prompts import PromptStream
 from megarl.data.records import Sample
@@ -26,7 +27,7 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
     """`train_global_batch_size` examples a step, for `max_num_epochs`, or `max_num_steps` if that is less."""
     with run.phase("load"):
         spec = read_spec(cfg.model.path)
-        longest = min(spec.max_position_embeddings, cfg.train.train_mb_tokens + 1)  # the last token is only a target
+        longest = min(spec.max_position_embeddings, longest_in_microbatch(cfg) + 1)  # the last token is only a target
         examples = load_examples(cfg.data, AutoTokenizer.from_pretrained(cfg.model.path), longest)
         run.dropped(examples.dropped, kept=len(examples))
         stream = PromptStream(examples, cfg.run.seed, cfg.data.shuffle)
@@ -39,7 +40,7 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
             drawn = stream.next(cfg.train.train_global_batch_size)
             batch = [Sample(e.id, 0, e.tokens, e.prompt_length, loss_mask=e.loss_mask) for e in drawn]
             lengths = [len(sample.tokens) for sample in batch]
-            mine = deal(batch, lengths, mesh)
+            mine = deal(batch, [policy.flops.cost(length) for length in lengths], mesh)
             with run.phase("train"):
                 metrics = policy.step(mine, sft, loss_agg_mode=cfg.loss.loss_agg_mode)
             checkpoints.save_if_due(step)
@@ -52,9 +53,9 @@ def steps_of(cfg: Config, num_examples: int) -> int:
     return min(steps, cfg.run.max_num_steps or steps)
 
 
-def deal(items: Sequence[Item], lengths: Sequence[int], mesh: Mesh) -> list[Item]:
-    """This replica's share of a step's items: about as many tokens as any other's."""
-    return [items[i] for i in balance(lengths, mesh.dp_size)[mesh.dp_rank]]
+def deal(items: Sequence[Item], costs: Sequence[float], mesh: Mesh) -> list[Item]:
+    """This replica's share of a step's items: about as much work as any other's."""
+    return [items[i] for i in balance(costs, mesh.dp_size)[mesh.dp_rank]]
 
 
 def due(step: int, period: int) -> bool:

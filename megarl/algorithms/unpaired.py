@@ -18,6 +18,7 @@ from megarl.algorithms.reference import Reference, labels_of, ratios
 from megarl.algorithms.sft import deal, steps_of
 from megarl.checkpoint.checkpoints import Checkpoints
 from megarl.config import Config
+from megarl.config.sizes import longest_in_microbatch
 from megarl.data.density import desirable_probability
 from megarl.data.prompts import PromptStream
 from megarl.data.records import Sample
@@ -33,7 +34,7 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
     """`train_global_batch_size` responses a step, for `max_num_epochs`, or `max_num_steps` if that is less."""
     with run.phase("load"):
         spec = read_spec(cfg.model.path)
-        longest = min(spec.max_position_embeddings, cfg.train.train_mb_tokens + 1)
+        longest = min(spec.max_position_embeddings, longest_in_microbatch(cfg) + 1)
         examples = load_unpaired(cfg.data, AutoTokenizer.from_pretrained(cfg.model.path), longest)
         run.dropped(examples.dropped, kept=len(examples))
         stream = PromptStream(examples, cfg.run.seed, cfg.data.shuffle)
@@ -47,11 +48,12 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
     for step in checkpoints.steps(steps):
         with run.phase("step"):
             drawn = stream.next(cfg.train.train_global_batch_size)
-            batch = [sample_of(e) for e in deal(drawn, [len(e.tokens) for e in drawn], mesh)]
+            cost = policy.flops.cost
+            batch = [sample_of(e) for e in deal(drawn, [cost(len(e.tokens)) for e in drawn], mesh)]
             others = []
             if cfg.preference.loss == "kto":
                 pairs = mismatched_samples(drawn, longest)
-                others = deal(pairs, [len(sample.tokens) for sample in pairs], mesh)
+                others = deal(pairs, [cost(len(sample.tokens)) for sample in pairs], mesh)
             reference.attach([*batch, *others])
             with run.phase("baseline"):
                 if cfg.preference.loss == "kto":

@@ -19,6 +19,7 @@ it is collective, and all ranks decide alike.
 
 from __future__ import annotations
 
+import contextlib
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -238,6 +239,14 @@ class Checkpoints:
             return
         raise CheckpointError(f"{self.root}: there is no checkpoint to go back to")
 
+    @contextlib.contextmanager
+    def _resident(self) -> Iterator[None]:
+        """What is saved or filled is there, wherever it waits between an engine's verbs."""
+        with contextlib.ExitStack() as stack:
+            for engine in self.engines.values():
+                stack.enter_context(engine.residency.on_device("params", "optimizer"))
+            yield
+
     # ---- saving ------------------------------------------------------------------------------------------------------
 
     def _begin(self, step: int) -> None:
@@ -248,11 +257,13 @@ class Checkpoints:
         if folder is None:
             return
         state: dict[str, Any] = {}
-        for name, engine in self.engines.items():
-            prefix = "" if name == POLICY else f"{name}."
-            state |= sharded_state(engine, prefix=prefix, optimizer="optimizer" in self.cfg.checkpoint.save_contents)
-        with self.mesh.platform():
-            share = self._writer.stage(state, folder)
+        with self._resident():
+            for name, engine in self.engines.items():
+                prefix = "" if name == POLICY else f"{name}."
+                optimizer = "optimizer" in self.cfg.checkpoint.save_contents
+                state |= sharded_state(engine, prefix=prefix, optimizer=optimizer)
+            with self.mesh.platform():
+                share = self._writer.stage(state, folder)
         own = self._own_state()
         config = OmegaConf.to_yaml(OmegaConf.structured(self.cfg)) if self.mesh.rank == 0 else None
         written = self._thread.submit(_write, share, own, config, self.mesh.rank)
@@ -373,11 +384,12 @@ class Checkpoints:
     def _load(self, folder: Path, manifest: Manifest) -> None:
         refuse_code(folder / METADATA)
         state: dict[str, Any] = {}
-        for name, engine in self.engines.items():
-            state |= sharded_state(engine, prefix="" if name == POLICY else f"{name}.")
-        with self.mesh.platform(), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # torch's, of the names by which megatron calls it
-            dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
+        with self._resident():
+            for name, engine in self.engines.items():
+                state |= sharded_state(engine, prefix="" if name == POLICY else f"{name}.")
+            with self.mesh.platform(), torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # torch's, of the names by which megatron calls it
+                dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
         same = manifest.layout == layout_of(self.mesh)
         own = _read_own(folder / rank_file(self.mesh.rank if same else 0))
         for name, engine in self.engines.items():

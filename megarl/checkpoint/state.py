@@ -24,11 +24,11 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding, extract_sharded_tensors_and_factories
 from megatron.core.optimizer import DistributedOptimizer, MegatronOptimizer
-from megatron.core.optimizer.optimizer import ChainedOptimizer
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 from torch import Tensor
 
 from megarl.model.engine import Engine
+from megarl.model.optimizer import FusedAdamW, parts_of
 
 Rectangle = tuple[tuple[int, ...], tuple[int, ...], int, int]  # offset, size, first flat element, one past the last
 
@@ -84,12 +84,6 @@ def owned(optimizer: MegatronOptimizer) -> Iterator[tuple[torch.nn.Parameter, di
                 yield parameter, _kept(parameter, tensors), 0, False
 
 
-def parts_of(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """Megatron chains an optimizer for experts to that of the rest."""
-    parts = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    return [part for part in parts if part.optimizer is not None and not getattr(part, "is_stub_optimizer", False)]
-
-
 def _models_parameters(part: MegatronOptimizer, mains: dict[int, Tensor]) -> Iterator[torch.nn.Parameter]:
     """The model's parameters behind the ones that an undistributed optimizer updates: themselves, or what they are the
     fp32 copies of."""
@@ -102,7 +96,8 @@ def _models_parameters(part: MegatronOptimizer, mains: dict[int, Tensor]) -> Ite
 def _with_moments(part: MegatronOptimizer, tensors: dict[str, Any]) -> dict[str, Tensor]:
     """Adam makes its moments with the first update; a checkpoint before or into it needs them."""
     main = tensors["param"]
-    state = part.optimizer.state[main]
+    adam = part.optimizer
+    state = adam.moments(main) if isinstance(adam, FusedAdamW) else adam.state[main]
     for name in ("exp_avg", "exp_avg_sq"):
         if name not in state:
             state[name] = torch.zeros_like(main)

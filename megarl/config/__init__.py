@@ -30,7 +30,7 @@ from megarl.config.algorithm import (
 from megarl.config.checks import check
 from megarl.config.data import DataConfig
 from megarl.config.job import CheckpointConfig, ClusterConfig, GuardConfig, LoggerConfig, RunConfig
-from megarl.config.model import ModelConfig, OptimizerConfig, ParallelConfig
+from megarl.config.model import FP8Config, ModelConfig, OffloadConfig, OptimizerConfig, ParallelConfig
 from megarl.config.reader import ConfigError, read
 from megarl.config.rollout import (
     ResponseLengthConfig,
@@ -49,10 +49,12 @@ __all__ = [
     "ConfigError",
     "CriticConfig",
     "DataConfig",
+    "FP8Config",
     "GuardConfig",
     "LoggerConfig",
     "LossConfig",
     "ModelConfig",
+    "OffloadConfig",
     "OptimizerConfig",
     "ParallelConfig",
     "PreferenceConfig",
@@ -94,10 +96,14 @@ class Config:
     """How many ranks there are, and on what."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The policy."""
+    fp8_cfg: FP8Config = field(default_factory=FP8Config)
+    """Training in FP8."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     """How the policy is divided over ranks; what remains of the job is data parallel."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """AdamW and its learning rate."""
+    offload: OffloadConfig = field(default_factory=OffloadConfig)
+    """What leaves the device while it is not used."""
     train: TrainConfig = field(default_factory=TrainConfig)
     """Batch sizes."""
     data: DataConfig = field(default_factory=DataConfig)

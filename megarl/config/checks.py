@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 from megarl.config.acting import check_acting
 from megarl.config.algorithm import ON_POLICY, PAIRED
+from megarl.config.fp8 import check_fp8_values
 from megarl.config.machine import check_machine
+from megarl.config.memory import check_memory
 from megarl.config.sizes import (
     CP,
     EP,
@@ -26,6 +28,7 @@ from megarl.config.sizes import (
     first_stage,
     job_size,
     last_stage,
+    longest_in_microbatch,
     longest_sequence,
     remainder,
 )
@@ -43,7 +46,7 @@ def check(cfg: "Config", launched: int | None, refused: set[str], *, this_machin
     """
     ranges = list(check_ranges(cfg))  # no echoes here: a refused value left its default behind, which is in range
     refused = refused.union(*(problem.fields for problem in ranges))
-    own = [*check_values(cfg), *check_acting(cfg), *check_unread(cfg)]
+    own = [*check_values(cfg), *check_acting(cfg), *check_unread(cfg), *check_memory(cfg), *check_fp8_values(cfg)]
     others = [*own, *_launch(cfg, launched), *_layout(cfg)]
     if cfg.algorithm in ON_POLICY:
         others += [*_engines(cfg), *_grpo(cfg), *_lengths(cfg)]
@@ -205,9 +208,11 @@ def _lengths(cfg: "Config") -> Problems:
         path = "rollout.max_model_len"
         text = f"{path} = {cfg.rollout.max_model_len} is less than the longest sequence: {words}"
         yield Problem(text, (path, *LENGTHS))
-    if cfg.algorithm == "online_dpo" and cfg.train.train_mb_tokens * cp < 2 * longest:
-        text = f"train.train_mb_tokens = {cfg.train.train_mb_tokens} is less than a pair of the longest: 2 x ({words})"
-        yield Problem(text, ("train.train_mb_tokens", *LENGTHS))
+    if cfg.algorithm == "online_dpo" and longest_in_microbatch(cfg, 2) < longest:
+        times, padding = _over_context(cfg)
+        limit = f"train.train_mb_tokens = {cfg.train.train_mb_tokens}{times}"
+        text = f"{limit} is less than a pair of the longest{padding}: 2 x ({words})"
+        yield Problem(text, ("train.train_mb_tokens", CP, *LENGTHS))
         return
     for path, limit in {
         "train.train_mb_tokens": cfg.train.train_mb_tokens,
@@ -219,14 +224,33 @@ def _lengths(cfg: "Config") -> Problems:
             yield Problem(text, (path, CP, *LENGTHS))
 
 
+def _over_context(cfg: "Config") -> tuple[str, str]:
+    """How context parallelism changes what a budget holds, in words."""
+    cp = cfg.parallel.context_parallel_size
+    if cp == 1:
+        return "", ""
+    return f" x {CP} {cp} = {cfg.train.train_mb_tokens * cp}", f", each padded to a multiple of 2 x {cp}"
+
+
 def _examples(cfg: "Config") -> Problems:
     """The longest prompt leaves room to learn something; longer examples are dropped or refused as they are read."""
     prompt, budget = cfg.data.max_prompt_length, cfg.train.train_mb_tokens
     sides = 2 if cfg.algorithm in PAIRED else 1
-    if budget < sides * (prompt + 1):
-        what, times = ("pair", "2 x (") if sides == 2 else ("example", "")
+    if longest_in_microbatch(cfg, sides) < prompt + 1:
+        what, open_ = ("pair", "2 x (") if sides == 2 else ("example", "")
+        times, padding = _over_context(cfg)
+        least = f"{open_}data.max_prompt_length {prompt} + 1 token of response{')' * (sides - 1)}"
         yield Problem(
-            f"train.train_mb_tokens = {budget} is less than the shortest {what} with the longest prompt: "
-            f"{times}data.max_prompt_length {prompt} + 1 token of response{')' * (sides - 1)} = {sides * (prompt + 1)}",
-            ("train.train_mb_tokens", "data.max_prompt_length"),
+            f"train.train_mb_tokens = {budget}{times} is less than the shortest {what} with the longest prompt"
+            f"{padding}: {least} = {sides * (prompt + 1)}",
+            ("train.train_mb_tokens", CP, "data.max_prompt_length"),
         )
+    elif cfg.algorithm in ("preference", "unpaired"):
+        longest, cp = longest_in_microbatch(cfg, sides), cfg.parallel.context_parallel_size
+        if cfg.train.logprob_mb_tokens * cp < longest:
+            times = f" x {CP} {cp}" if cp > 1 else ""
+            yield Problem(
+                f"train.logprob_mb_tokens = {cfg.train.logprob_mb_tokens}{times} is less than the longest sequence "
+                f"that train.train_mb_tokens = {budget}{times} lets through: {longest}",
+                ("train.logprob_mb_tokens", "train.train_mb_tokens", CP),
+            )

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megarl.config.algorithm import ON_POLICY
+from megarl.config.fp8 import check_fp8_machine, check_fp8_model, this_machine
+from megarl.config.memory import ENGINE_ONLY, check_recompute
 from megarl.config.sizes import (
     EP,
     ETP,
@@ -39,6 +41,26 @@ def check_machine(cfg: "Config", launched: int | None) -> Problems:
     yield from _loggers(cfg)
     if launched or cfg.cluster.num_nodes == 1:
         yield from check_gpus(cfg, count_gpus(cfg.cluster.device))
+        yield from _transformer_engine(cfg)
+
+
+def _transformer_engine(cfg: "Config") -> Problems:
+    """What only its layers and its Adam can, and what FP8 needs of this machine."""
+    modules = [name for name in cfg.model.recompute_modules if name in ENGINE_ONLY]
+    precision_aware = cfg.optimizer.use_precision_aware_optimizer
+    if not (cfg.fp8_cfg.enabled or modules or precision_aware):
+        return
+    machine = this_machine(cfg.cluster.device)
+    yield from check_fp8_machine(cfg, machine)
+    if machine.device == "cuda" and machine.transformer_engine and cfg.model.dtype == "bf16":
+        return
+    lack = "which need CUDA, model.dtype = bf16 and Transformer Engine installed"
+    for name in modules:
+        text = f"model.recompute_modules: megatron-core computes {name} again in Transformer Engine's layers only"
+        yield Problem(f"{text}, {lack}", ("model.recompute_modules", "cluster.device", "model.dtype"))
+    if precision_aware:
+        name = "optimizer.use_precision_aware_optimizer"
+        yield Problem(f"{name}: only Transformer Engine's FusedAdam keeps moments in bf16, {lack}", (name,))
 
 
 def check_model(cfg: "Config") -> Problems:
@@ -68,6 +90,8 @@ def check_model(cfg: "Config") -> Problems:
         text = f"{TP} = {tp} of a model with {what}: megatron-core trains it with parallel.sequence_parallel only"
         yield Problem(text, ("model.path", "parallel.sequence_parallel", TP))
     yield from _model_layers(cfg, spec)
+    yield from check_recompute(cfg, spec)
+    yield from check_fp8_model(cfg, spec)
     if cfg.algorithm in ON_POLICY:
         yield from _model_positions(cfg, spec)
 

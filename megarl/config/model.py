@@ -21,9 +21,29 @@ class ModelConfig:
     recompute_num_layers: int | None = None
     """With full recompute: layers in a unit (uniform), or recomputed layers in a stage (block)."""
     recompute_modules: list[str] = field(default_factory=list)
-    """With selective recompute: which parts of a layer, of core_attn and mlp."""
+    """With selective recompute: which parts of a layer, of those that `config/memory.py` lists."""
     model_overrides: dict[str, Any] = field(default_factory=dict)
     """Fields of megatron's TransformerConfig to set by name, over what its family says, but for layout and numbers."""
+
+
+@dataclass(frozen=True)
+class FP8Config:
+    enabled: bool = False
+    """Multiply the layers' matrices in FP8, by Transformer Engine; attention, norms, router and the head stay bf16."""
+    fp8: Literal["e4m3", "hybrid"] = "e4m3"
+    """Number format: e4m3 throughout, or (hybrid) e5m2 for gradients."""
+    fp8_recipe: Literal["tensorwise", "blockwise", "delayed", "mxfp8"] = "blockwise"
+    """What shares a scale: a tensor, 128 x 128 of a weight and 128 of a token, a tensor by its history, or 32."""
+    fp8_param: bool = False
+    """Keep the layers' weights in FP8 too, and gather them so; the optimizer has them in fp32."""
+    first_last_layers_bf16: bool = False
+    """Leave the first and last layers in bf16."""
+    num_layers_at_start_in_bf16: int = 1
+    """With `first_last_layers_bf16`: how many first ones."""
+    num_layers_at_end_in_bf16: int = 1
+    """With `first_last_layers_bf16`: how many last ones."""
+    metrics: bool = False
+    """Log for each layer its inputs' largest value, and how much of them FP8 rounds to 0."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +66,16 @@ class ParallelConfig:
     """Layers of the first stage, which also holds the embedding; null divides evenly."""
     num_layers_in_last_pipeline_stage: int | None = None
     """Layers of the last stage, which also computes the log-probs; null divides evenly."""
+
+
+@dataclass(frozen=True)
+class OffloadConfig:
+    params: bool = False
+    """Keep the weights in host memory while nothing is computed with them, such as while vLLM generates."""
+    grads: bool = False
+    """Free the gradients' memory between updates; each begins with zeros."""
+    optimizer: bool = False
+    """Keep Adam's moments and the fp32 weights in host memory between updates."""
 
 
 @dataclass(frozen=True)
@@ -74,3 +104,9 @@ class OptimizerConfig:
     """Divide the optimizer's state over the data-parallel ranks."""
     overlap_grad_reduce: bool = False
     """Reduce gradients while the backward pass still runs."""
+    optimizer_cpu_offload: bool = False
+    """Keep Adam's moments in host memory for good, and compute their part of the update there."""
+    optimizer_offload_fraction: float = 1.0
+    """With `optimizer_cpu_offload`: share of the moments that this holds for."""
+    use_precision_aware_optimizer: bool = False
+    """Keep Adam's moments in bf16 and the fp32 weights inside Transformer Engine's Adam, which alone can."""

@@ -44,3 +44,12 @@ def longest_sequence(cfg: "Config") -> tuple[int, str]:
     prompt, response = cfg.data.max_prompt_length, cfg.rollout.max_response_length
     words = f"data.max_prompt_length {prompt} + rollout.max_response_length {response} = {prompt + response}"
     return prompt + response, words
+
+
+def longest_in_microbatch(cfg: "Config", together: int = 1) -> int:
+    """Positions of the longest sequence of which ``together`` fit a microbatch of training, whatever the others'
+    length: a context-parallel group holds its ranks' budgets, and pads each sequence to a multiple of 2 CP."""
+    cp = cfg.parallel.context_parallel_size
+    each = 2 * cp if cp > 1 else 1
+    budget = -(-cfg.train.train_mb_tokens * cp // each) * each
+    return budget // together // each * each

@@ -39,6 +39,8 @@ RANGES = {
     "cluster.gpus_per_node": "[1, inf)",
     "model.logprob_chunk_size": "[1, inf)",
     "model.recompute_num_layers": "[1, inf)",
+    "fp8_cfg.num_layers_at_start_in_bf16": "[0, inf)",
+    "fp8_cfg.num_layers_at_end_in_bf16": "[0, inf)",
     "parallel.tensor_model_parallel_size": "[1, inf)",
     "parallel.pipeline_model_parallel_size": "[1, inf)",
     "parallel.virtual_pipeline_model_parallel_size": "[2, inf)",
@@ -56,6 +58,7 @@ RANGES = {
     "optimizer.adam_beta2": "[0, 1)",
     "optimizer.adam_eps": "(0, inf)",
     "optimizer.clip_grad": "[0, inf)",
+    "optimizer.optimizer_offload_fraction": "(0, 1]",
     "train.train_global_batch_size": "[1, inf)",
     "train.train_mb_tokens": "[1, inf)",
     "train.logprob_mb_tokens": "[1, inf)",
@@ -132,10 +135,6 @@ RANGES = {
     "guard.max_rollbacks": "[0, inf)",
     "run.stop_grace_s": "(0, inf)",
 }
-# Megatron's, less those of MoE and latent attention, and less "layernorm": megatron-core 0.16 to 0.19 ends with a
-# NameError at it where Transformer Engine is missing, and does nothing where its layers have the norms inside.
-RECOMPUTE_MODULES = ("core_attn", "mlp")
-
 # Fields of megatron's TransformerConfig that are not the model's: what to do instead of overriding them.
 _UNUSED = "megarl does not divide models this way"
 _ENGINE = "megarl's engine depends on its own value"
@@ -147,6 +146,12 @@ OWNED_OVERRIDES = {
     "num_layers_in_last_pipeline_stage": "set parallel.num_layers_in_last_pipeline_stage",
     **dict.fromkeys(("bf16", "fp16", "params_dtype", "pipeline_dtype"), "set model.dtype"),
     **dict.fromkeys(("enable_autocast", "autocast_dtype"), "set model.dtype"),
+    **dict.fromkeys(("fp8", "fp4", "fp4_param"), "set fp8_cfg.fp8 and fp8_cfg.enabled"),
+    "fp8_recipe": "set fp8_cfg.fp8_recipe",
+    "fp8_param": "set fp8_cfg.fp8_param",
+    "first_last_layers_bf16": "set fp8_cfg.first_last_layers_bf16",
+    "num_layers_at_start_in_bf16": "set fp8_cfg.num_layers_at_start_in_bf16",
+    "num_layers_at_end_in_bf16": "set fp8_cfg.num_layers_at_end_in_bf16",
     "recompute_granularity": "set model.recompute_granularity",
     "recompute_method": "set model.recompute_method",
     "recompute_num_layers": "set model.recompute_num_layers",
@@ -176,7 +181,6 @@ def check_values(cfg: "Config") -> Problems:
     """Everything of this file but the ranges."""
     yield from _run_folder(cfg)
     yield from _checkpoint(cfg)
-    yield from _recompute(cfg)
     yield from _overrides(cfg)
     yield from _sampling(cfg)
     yield from _schedule(cfg)
@@ -251,25 +255,6 @@ def duration_seconds(text: str) -> int | None:
         return None
     days, hours, minutes, seconds = map(int, match.groups())
     return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-
-
-def _recompute(cfg: "Config") -> Problems:
-    """Megatron's rules for activation recomputation."""
-    model, path = cfg.model, "model.recompute_"
-    granularity = f"{path}granularity = {model.recompute_granularity or 'null'}"
-    fields = (f"{path}granularity", f"{path}method", f"{path}num_layers", f"{path}modules")
-    full = {"method": model.recompute_method, "num_layers": model.recompute_num_layers}
-    for name, value in full.items():
-        if model.recompute_granularity == "full" and value is None:
-            yield Problem(f"{granularity} needs {path}{name}", fields)
-        elif model.recompute_granularity != "full" and value is not None:
-            yield Problem(f"{path}{name} = {value} goes with full recompute, but {granularity}", fields)
-    if model.recompute_granularity != "selective" and model.recompute_modules:
-        yield Problem(f"{path}modules goes with selective recompute, but {granularity}", fields)
-    if model.recompute_granularity == "selective" and not model.recompute_modules:
-        yield Problem(f"{granularity} needs {path}modules, of {', '.join(RECOMPUTE_MODULES)}", fields)
-    if unknown := [name for name in model.recompute_modules if name not in RECOMPUTE_MODULES]:
-        yield Problem(f"{path}modules: {unknown} are not among {', '.join(RECOMPUTE_MODULES)}", fields)
 
 
 def _overrides(cfg: "Config") -> Problems:

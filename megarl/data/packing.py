@@ -17,23 +17,25 @@ from megarl.data.records import MicroBatch, Sample
 LOSS_AGG_MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 
 
-def balance(lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """Deal items into ``parts`` groups of nearly equal total length: longest first, each to the lightest group.
+def balance(costs: Sequence[float], parts: int) -> list[list[int]]:
+    """Deal items into ``parts`` groups of nearly equal total cost: dearest first, each to the cheapest group.
 
     Graham's longest-processing-time rule: at most 4/3 of the best possible maximum. Items come back in their own order.
+    What a sequence costs grows faster than its length: attention goes by the square (`megarl.model.flops`).
     """
-    heap = [(0, part) for part in range(parts)]
+    heap = [(0.0, part) for part in range(parts)]
     groups: list[list[int]] = [[] for _ in range(parts)]
-    for i in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+    for i in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
         total, part = heap[0]
         groups[part].append(i)
-        heapq.heapreplace(heap, (total + lengths[i], part))
+        heapq.heapreplace(heap, (total + costs[i], part))
     return [sorted(group) for group in groups]
 
 
-def microbatches_of(lengths: Sequence[int], budget: int) -> list[list[int]]:
+def microbatches_of(lengths: Sequence[int], budget: int, costs: Sequence[float] | None = None) -> list[list[int]]:
     """Group items so that each group's total is at most ``budget``: in as few groups as best-fit decreasing manages
-    (11/9 of the fewest possible at most; within 1 % of them on thousands of items), of equal totals where those fit.
+    (11/9 of the fewest possible at most; within 1 % of them on thousands of items), of equal cost where those fit, or
+    else of equal length.
 
     Equal groups beat full ones: a short last microbatch would leave a pipeline idle as long as a full one.
     Raises ValueError for an item longer than the budget.
@@ -43,9 +45,11 @@ def microbatches_of(lengths: Sequence[int], budget: int) -> list[list[int]]:
     if max(lengths) > budget:
         raise ValueError(f"a sequence of {max(lengths)} tokens does not fit a microbatch of {budget} tokens")
     full = _best_fit(lengths, budget)
-    equal = balance(lengths, len(full))
-    fits = all(sum(lengths[i] for i in group) <= budget for group in equal)
-    return [group for group in (equal if fits else full) if group]
+    for weights in (costs, lengths):
+        equal = balance(weights, len(full)) if weights else full
+        if weights and all(sum(lengths[i] for i in group) <= budget for group in equal):
+            return [group for group in equal if group]
+    return full
 
 
 def _best_fit(lengths: Sequence[int], budget: int) -> list[list[int]]:

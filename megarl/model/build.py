@@ -182,6 +182,7 @@ def transformer_config(cfg: Config, spec: ModelSpec, mesh: Mesh) -> TransformerC
         "recompute_granularity": cfg.model.recompute_granularity,
         "recompute_method": cfg.model.recompute_method,
         "recompute_num_layers": cfg.model.recompute_num_layers,
+        **_fp8(cfg),
         # one division for the whole step, by the count that the engine's loss function reports
         "calculate_per_token_loss": True,
         "finalize_model_grads_func": finalize_model_grads,
@@ -201,6 +202,15 @@ def transformer_config(cfg: Config, spec: ModelSpec, mesh: Mesh) -> TransformerC
     settings |= _activation(spec) | _experts(spec, engine) | _latent_attention(spec)
     kind = TransformerConfig if spec.mla is None else MLATransformerConfig
     return kind(**settings | dict(cfg.model.model_overrides))
+
+
+def _fp8(cfg: Config) -> dict[str, Any]:
+    """Only Transformer Engine's layers look at it; the head, whose chunks are our own, and the router stay as they
+    are."""
+    f = cfg.fp8_cfg
+    names = ("fp8", "fp8_recipe", "fp8_param", "first_last_layers_bf16")
+    names += ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")
+    return {name: vars(f)[name] for name in names} if f.enabled else {}
 
 
 def _softmax_scale(spec: ModelSpec) -> float | None:

@@ -4,7 +4,8 @@ Reduction lives here and nowhere else. A loss returns one value a token; the eng
 ``(sum of weights x loss, count)`` to megatron's schedule with ``calculate_per_token_loss=True``; megatron sums both
 over microbatches and data parallelism and divides gradients once. So gradients do not depend on how the step was cut.
 
-Every verb is a collective over all ranks, and enters megatron's platform by itself.
+Every verb is a collective over all ranks, enters megatron's platform by itself, and brings the memory it needs onto
+the device and puts it back (`megarl.model.offload`).
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megarl.config import Config
+from megarl.config.fp8 import tokens_multiple
 from megarl.data.packing import microbatches_of, pack, positions_of
 from megarl.data.records import MicroBatch, Sample
 from megarl.model.attention import packed_layout
 from megarl.model.build import build_chunks, uses_transformer_engine
 from megarl.model.family import ModelSpec
+from megarl.model.flops import ModelFlops
+from megarl.model.offload import HostWeights, Residency
 from megarl.model.optimizer import build_optimizer, build_scheduler
+from megarl.model.precision import FP8Rounding, as_plain
 from megarl.parallel.context import ContextShare, multiple_of, share_of
 from megarl.parallel.mesh import Mesh
 from megarl.weights.load import load_hf
@@ -63,6 +68,7 @@ class Engine:
         self.cfg = cfg
         self.mesh = mesh
         self.spec = spec = spec.without_mtp()  # they predict further tokens, which no loss here asks for
+        self.flops = ModelFlops.of(spec)
         self.refused: Callable[[NonFiniteError], None] = _raise  # told, on every rank, of an update that was refused
         self.transformer_engine = uses_transformer_engine(cfg, mesh.device)
         with mesh.platform():
@@ -74,6 +80,7 @@ class Engine:
                 grad_reduce_in_fp32=True,
                 use_distributed_optimizer=cfg.optimizer.use_distributed_optimizer,
                 overlap_grad_reduce=cfg.optimizer.overlap_grad_reduce,
+                fp8_param_gather=cfg.fp8_cfg.enabled and cfg.fp8_cfg.fp8_param,
             )
             config = parts[0].config
             self.chunks = [
@@ -85,6 +92,8 @@ class Engine:
                 config.no_sync_func = overlapped[0] if len(overlapped) == 1 else overlapped
             self.optimizer = build_optimizer(cfg, self.chunks, mesh.device)
             self.scheduler = build_scheduler(cfg, self.optimizer, total_updates)
+        self.residency = Residency(cfg.offload, self.chunks, self.optimizer)
+        self.rounding = FP8Rounding(parts, cfg.fp8_cfg, spec.num_layers) if cfg.fp8_cfg.metrics else None
 
     # ---- verbs -------------------------------------------------------------------------------------------------------
 
@@ -102,7 +111,7 @@ class Engine:
     def _per_token(self, samples: list[Sample]) -> list[Tensor]:
         batches, order = self._microbatches(samples, self.cfg.train.logprob_mb_tokens)
         self.model.eval()
-        with self.mesh.platform(), torch.no_grad():
+        with self.residency.on_device("params"), self.mesh.platform(), torch.no_grad():
             collected = self._run(batches, self._collect_step, forward_only=True, collect_non_loss_data=True)
         self.model.train()
         lengths = [sample.response_length for batch in batches for sample in batch.samples]
@@ -119,7 +128,7 @@ class Engine:
     def logits(self, sample: Sample) -> Tensor:
         """[L - 1, vocabulary] fp32 on every rank, for comparing small models with other implementations of them."""
         batch = self._pack([sample], "token-mean")
-        with self.mesh.platform(), torch.no_grad():
+        with self.residency.on_device("params"), self.mesh.platform(), torch.no_grad():
             batches = [batch, *(self._pack([_nothing()], "token-mean") for _ in range(self._missing(1)))]
             collected = self._run(batches, self._logits_step, forward_only=True, collect_non_loss_data=True)
         shape = (len(batch.tokens), self.spec.vocab_size)
@@ -141,10 +150,11 @@ class Engine:
         batches, _ = self._microbatches(samples, self.cfg.train.train_mb_tokens, loss_agg_mode, together)
         by_response = loss_agg_mode == "seq-mean-token-mean"
         self.model.train()
-        with self.mesh.platform():
+        with self.residency.on_device("params", "grads", "optimizer"), self.mesh.platform():
             self._forget_gradients()
             self.optimizer.zero_grad()
-            sums = self._run(batches, partial(self._loss_step, loss, by_response), forward_only=False)
+            with self.rounding.watching() if self.rounding else contextlib.nullcontext():
+                sums = self._run(batches, partial(self._loss_step, loss, by_response), forward_only=False)
             metrics = self._reduce(sums, by_response)
             poison = self._poison(metrics, samples)
             grad_norm = 0.0
@@ -157,7 +167,8 @@ class Engine:
                 self.scheduler.step(1)
                 _, grad_norm, _ = self.optimizer.step()
         lr = max(group["lr"] for group in self.optimizer.param_groups)
-        return metrics | {"grad_norm": float(grad_norm), "lr": float(lr)}
+        rounding = self.rounding.metrics() if self.rounding else {}
+        return metrics | rounding | {"grad_norm": float(grad_norm), "lr": float(lr)}
 
     @contextlib.contextmanager
     def holding(self, weights: HostWeights) -> Iterator[None]:
@@ -165,20 +176,27 @@ class Engine:
 
         Parameter by parameter the two are exchanged, so that neither the device nor the host ever holds a second copy.
         """
-        weights.exchange(self.model)
-        try:
-            yield
-        finally:
+        with self.residency.on_device("params"):
             weights.exchange(self.model)
+            try:
+                yield
+            finally:
+                weights.exchange(self.model)
+
+    def weights(self) -> HostWeights:
+        """The weights as they are now, to be held later."""
+        with self.residency.on_device("params"):
+            return HostWeights(self.model)
 
     def stream(self, bucket_bytes: int, deal: Deal = to_all) -> WeightStream:
         """The model as HF tensors; see `WeightStream`."""
-        return WeightStream(self.model, self.spec, self.mesh, bucket_bytes, deal)
+        coming = partial(self.residency.on_device, "params") if self.residency.moves("params") else None
+        return WeightStream(self.model, self.spec, self.mesh, bucket_bytes, deal, as_plain, coming=coming)
 
     def save_hf(self, path: str | Path, bucket_bytes: int) -> None:
         """Write the model as a Hugging Face directory, in place of one that is there; see `megarl.weights.save`."""
-        model, source = self.model, self.cfg.model.path
-        save_hf(model, self.spec, self.mesh, path, source, bucket_bytes=bucket_bytes, overwrite=True)
+        stream = partial(self.stream, bucket_bytes)
+        save_hf(stream, self.spec, self.mesh, path, self.cfg.model.path, overwrite=True)
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 
@@ -190,7 +208,8 @@ class Engine:
         cp = self.mesh.cp_size
         each, _ = multiple_of(cp, 1)
         lengths = [sum(-(-positions_of(sample) // each) * each for sample in unit) for unit in units]
-        groups = microbatches_of(lengths, -(-budget * cp // each) * each)
+        costs = [self.flops.forward([positions_of(sample) for sample in unit]) for unit in units]
+        groups = microbatches_of(lengths, -(-budget * cp // each) * each, costs)
         batches = [self._pack([sample for i in group for sample in units[i]], loss_agg_mode) for group in groups]
         nothing = [_nothing()] * together  # a replica without samples still takes part, and counts for nothing
         if not batches:
@@ -210,7 +229,7 @@ class Engine:
 
     def _pack(self, samples: list[Sample], loss_agg_mode: str) -> MicroBatch:
         multiple = self.mesh.tp_size if self.cfg.parallel.sequence_parallel else 1
-        each, whole = multiple_of(self.mesh.cp_size, multiple)
+        each, whole = multiple_of(self.mesh.cp_size, multiple, tokens_multiple(self.cfg))
         longest = self.cfg.rollout.max_response_length
         return pack(
             samples,
@@ -332,19 +351,3 @@ def _nothing() -> Sample:
     empty = torch.empty(0)
     logps = {"rollout_logps": empty, "old_logps": empty, "ref_logps": empty}
     return Sample("(none)", 0, [0, 0], prompt_length=2, **logps, values=empty, returns=empty, score=0.0, desirable=True)
-
-
-class HostWeights:
-    """A copy of a model's parameters in host memory (pinned where there is CUDA)."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        pin = torch.cuda.is_available()
-        self.tensors = [torch.empty_like(p, device="cpu", pin_memory=pin).copy_(p.detach()) for p in model.parameters()]
-
-    @torch.no_grad()
-    def exchange(self, model: torch.nn.Module) -> None:
-        """Swap contents with the model, in place: what was here is now there, bit for bit."""
-        for parameter, kept in zip(model.parameters(), self.tensors, strict=True):
-            theirs = parameter.detach().clone()
-            parameter.copy_(kept)
-            kept.copy_(theirs)

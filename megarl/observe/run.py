@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megarl.config import Config, save
+from megarl.model.family import read_spec
+from megarl.model.flops import ModelFlops
 from megarl.observe.console import Console, format_duration
 from megarl.observe.lock import RunLock
 from megarl.observe.metrics import METRICS_FILE, TENSORBOARD_FOLDER, MetricsLog, read_metrics
@@ -29,7 +31,7 @@ from megarl.observe.report import (
     recorded_seconds,
     summary,
 )
-from megarl.observe.throughput import ModelShape, mfu, tokens_per_second_per_device, train_flops
+from megarl.observe.throughput import mfu, tokens_per_second_per_device
 from megarl.observe.timers import Phases, PhaseWatchdog
 
 CONFIG_FILE = "config.yaml"
@@ -83,7 +85,7 @@ class Run:
         self._watchdog = watchdog
         self._stop: str | None = None
         self.device_name = device_name
-        self.shape = ModelShape.from_hf(json.loads((Path(cfg.model.path) / "config.json").read_text()))
+        self.flops = ModelFlops.of(read_spec(cfg.model.path))
         self.dir = Path(cfg.run.root) / cfg.run.name
         self.is_writer = rank == 0
         self.world_size = world_size
@@ -209,7 +211,7 @@ class Run:
             out["perf/generate_tokens_per_s"] = tokens_per_second_per_device(
                 responses, values["timing_s/generate"], self.world_size
             )
-        flops = epochs * train_flops(self.shape, lengths)
+        flops = epochs * self.flops.train(lengths)
         used = mfu(flops, values["timing_s/train"], self.device_name, self.world_size)
         return out if used is None else out | {"perf/mfu": used}
 

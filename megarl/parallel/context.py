@@ -38,11 +38,11 @@ class ContextShare:
         return gather_from_sequence_parallel_region(x.contiguous(), False, self.group).index_select(0, self.order)
 
 
-def multiple_of(context_size: int, shards: int) -> tuple[int, int]:
+def multiple_of(context_size: int, shards: int, tokens: int = 1) -> tuple[int, int]:
     """(multiple that each sequence, multiple that the whole pack is padded to), where sequence parallelism cuts each
-    rank's part into ``shards``."""
+    rank's part into ``shards``, of which each is to be a multiple of ``tokens`` (FP8's matrices)."""
     each = 2 * context_size if context_size > 1 else 1
-    return each, math.lcm(each, context_size * shards)
+    return each, math.lcm(each, context_size * shards * tokens)
 
 
 def share_of(cu_seqlens: Sequence[int], group: dist.ProcessGroup, device: torch.device) -> ContextShare:

@@ -11,6 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from megarl.config import Config
 from megarl.data.prompts import Prompt
 from megarl.data.records import Sample
+from megarl.model.family import read_spec
+from megarl.model.flops import ModelFlops
 from megarl.observe.timers import Phases
 from megarl.parallel.mesh import Mesh
 from megarl.rewards.runner import RewardWorkers
@@ -61,6 +63,7 @@ class Sampler:
             deadline_s=cfg.run.deadline_s,
         )
         self.engine.sleep()
+        self.flops = ModelFlops.of(read_spec(cfg.model.path))
         self.leads = mesh.rank % cfg.rollout.tensor_parallel_size == 0
         self.rewards = RewardWorkers(cfg.reward) if self.leads else None
 
@@ -116,7 +119,7 @@ class Sampler:
         with self.phases("reward"):
             scored = self._scored(prompts, dict(zip(share, groups, strict=True))) if self.leads else []
             # Waiting for the slowest engine's rewards is part of the phase.
-            return tabulate(scored, self.mesh, sampling.max_tokens)
+            return tabulate(scored, self.mesh, sampling.max_tokens, self.flops)
 
     def _scored(self, prompts: list[Prompt], groups: dict[int, list[Sample]]) -> list[tuple[Row, Sample]]:
         assert self.rewards is not None

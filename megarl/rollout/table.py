@@ -20,6 +20,7 @@ from megarl.data.curriculum import Stage, max_response_length_at
 from megarl.data.packing import balance
 from megarl.data.prompts import Prompt
 from megarl.data.records import Sample
+from megarl.model.flops import ModelFlops
 from megarl.parallel.collectives import exchange_samples, gather_objects
 from megarl.parallel.mesh import Mesh
 from megarl.rewards import RewardError
@@ -61,6 +62,7 @@ class Rollout:
     mine: dict[int, Sample] = field(repr=False)  # row -> sample
     mesh: Mesh = field(repr=False)
     max_response_length: int  # of this step
+    flops: ModelFlops = field(repr=False)  # of the model that trains on it
     num_gen_batches: int = 1  # how often prompts were drawn and sampled for it
 
     @property
@@ -116,7 +118,7 @@ class Rollout:
         """Send every sample to the replica that trains on it.
 
         Whole steps are cut, in order, into updates of ``per_update`` samples (the last may be smaller where groups were
-        dropped); each update is dealt over data parallelism in shares of nearly equal length.
+        dropped); each update is dealt over data parallelism in shares of nearly equal cost.
 
         Args:
             pairs: rows that stay together, as neighbours: then updates are of so many pairs, and other rows go nowhere.
@@ -129,8 +131,8 @@ class Rollout:
         updates = [units[i : i + per_update] for i in range(0, len(units), per_update)]
         lengths = self.lengths
         for update in updates:
-            totals = [sum(lengths[row] for row in unit) for unit in update]
-            for dp_rank, share in enumerate(balance(totals, self.mesh.dp_size)):
+            costs = [self.flops.forward([lengths[row] for row in unit]) for unit in update]
+            for dp_rank, share in enumerate(balance(costs, self.mesh.dp_size)):
                 owner |= {row: dp_rank for i in share for row in update[i]}
         outgoing: list[list[Sample]] = [[] for _ in range(self.mesh.world_size)]
         for row, sample in self.mine.items():
@@ -225,7 +227,7 @@ def row_of(number: int, sample: Sample, result: RewardResult) -> Row:
     return Row(number, sample.index, sample.prompt_id, prompt_length, length, written, reason, result, measures)
 
 
-def tabulate(scored: Sequence[tuple[Row, Sample]], mesh: Mesh, longest: int) -> Rollout:
+def tabulate(scored: Sequence[tuple[Row, Sample]], mesh: Mesh, longest: int, flops: ModelFlops) -> Rollout:
     """A rollout from what every rank sampled. A collective over all ranks.
 
     A group with a sample that could not be scored is dropped, since a group's advantages need all of it. None may be
@@ -237,7 +239,7 @@ def tabulate(scored: Sequence[tuple[Row, Sample]], mesh: Mesh, longest: int) -> 
     broken = {row.prompt for row in everywhere if row.result.error}
     kept = sorted((row for row in everywhere if row.prompt not in broken), key=lambda row: (row.prompt, row.index))
     mine = {at: here[row.prompt, row.index] for at, row in enumerate(kept) if (row.prompt, row.index) in here}
-    return Rollout(kept, errors, mine, mesh, longest)
+    return Rollout(kept, errors, mine, mesh, longest, flops)
 
 
 def not_empty(rollout: Rollout) -> Rollout:

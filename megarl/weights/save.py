@@ -4,6 +4,7 @@ file."""
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -16,27 +17,26 @@ from megarl.parallel.mesh import Mesh
 from megarl.weights.hf_writer import HFDirectory, HFTensor, OpenFile, PlannedFile, plan_files
 from megarl.weights.plan import EVERYTHING, Box, Item, Needs, with_copies
 from megarl.weights.rules import CanonTensor
-from megarl.weights.stream import WeightStream
+from megarl.weights.stream import Deal, WeightStream
 
 MAX_FILE_BYTES = 5 << 30
 
 
 def save_hf(
-    model: torch.nn.Module,
+    stream_of: Callable[[Deal], WeightStream],
     spec: ModelSpec,
     mesh: Mesh,
     path: str | Path,
     carry_from: str | Path,
     *,
-    bucket_bytes: int,
     max_file_bytes: int = MAX_FILE_BYTES,
     overwrite: bool = False,
 ) -> None:
     """Write what transformers and vLLM load. A collective over all ranks.
 
-    Files are dealt to ranks in turn, replicas included. A rank gets the tensors of one of its files at a time, and of
-    no other rank's. Config and tokenizer come from ``carry_from``; the directory has its name only when all of it is
-    on disk.
+    ``stream_of`` gives the model's tensors to the ranks that this says. Files are dealt to ranks in turn, replicas
+    included. A rank gets the tensors of one of its files at a time, and of no other rank's. Config and tokenizer come
+    from ``carry_from``; the directory has its name only when all of it is on disk.
     """
     files: list[PlannedFile] = []
 
@@ -50,7 +50,7 @@ def save_hf(
 
         return _side_by_side(items, files, mesh.world_size), needs
 
-    stream = WeightStream(model, spec, mesh, bucket_bytes, deal)
+    stream = stream_of(deal)
     directory = HFDirectory(path, files, overwrite=overwrite)
     if mesh.rank == 0:
         directory.begin()

@@ -7,6 +7,7 @@ Ranks exchange blocks of their parameters by a static plan (`megarl.weights.plan
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
@@ -61,22 +62,25 @@ class WeightStream:
         bucket_bytes: int,
         deal: Deal = to_all,
         value: Callable[[torch.Tensor], torch.Tensor] = torch.Tensor.detach,
+        coming: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> None:
         """
         Args:
             bucket_bytes: no rank's buffers for one exchange take more, unless one tensor alone does.
             deal: which tensors travel, in which order, and what of them each rank gets.
             value: what of a parameter is streamed: its weights, or, to compare layouts, its gradient.
+            coming: brings the parameters' memory for the time of an iteration; None where it is always there.
         """
         self.mesh = mesh
         self.parameters = dict(canonical_parameters(model, spec, first_expert(spec, mesh)))
         self.value = value
+        self.coming = coming or nullcontext
         tensors = {tensor.name: tensor for tensor in spec.tensors()}
         holders = Holders(tensors.values(), self._held(tensors))
         self.items, needs = deal(items_of(tensors.values(), holders.dtypes))
         size, position = len(mesh.replica_ranks), mesh.replica_ranks.index(mesh.rank)
         self.buckets = make_plan(self.items, holders, needs, size, position, bucket_bytes)
-        self.transport = transport(mesh, self.buckets, self._values, self._own)
+        self.transport = transport(mesh, self.buckets, self._values, self._own, stays=coming is None)
 
     @property
     def metadata(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
@@ -101,15 +105,16 @@ class WeightStream:
         """The pairs; with a ``place``, each tensor in the place (of its shape and dtype) that this gives for its
         name."""
         unfinished: dict[str, torch.Tensor] = {}
-        self.transport.begin()
-        on_its_way = self.transport.send(self.buckets[0])
-        for k, bucket in enumerate(self.buckets):
-            arrived = on_its_way.wait()
-            if k + 1 < len(self.buckets):
-                on_its_way = self.transport.send(self.buckets[k + 1])
-            yield from unpack(bucket, arrived, self._own, unfinished, place)
-            del arrived
-        self.transport.end()
+        with self.coming():
+            self.transport.begin()
+            on_its_way = self.transport.send(self.buckets[0])
+            for k, bucket in enumerate(self.buckets):
+                arrived = on_its_way.wait()
+                if k + 1 < len(self.buckets):
+                    on_its_way = self.transport.send(self.buckets[k + 1])
+                yield from unpack(bucket, arrived, self._own, unfinished, place)
+                del arrived
+            self.transport.end()
 
     def _values(self) -> dict[str, torch.Tensor]:
         return {name: self.value(parameter) for name, parameter in self.parameters.items()}

@@ -49,9 +49,12 @@ class Transport(Protocol):
 Parameters = Callable[[], Mapping[str, torch.Tensor]]
 
 
-def transport(mesh: Mesh, buckets: Sequence[Bucket], parameters: Parameters, own: BlockOf) -> Transport:
-    """The fastest that works between the ranks of ``mesh.replica_group``."""
-    if mesh.device.type == "cpu" and any(bucket.travels for bucket in buckets):
+def transport(
+    mesh: Mesh, buckets: Sequence[Bucket], parameters: Parameters, own: BlockOf, *, stays: bool = True
+) -> Transport:
+    """The fastest that works between the ranks of ``mesh.replica_group``. Memory that does not stay where it is cannot
+    be mapped by others."""
+    if stays and mesh.device.type == "cpu" and any(bucket.travels for bucket in buckets):
         shared = SharedMemory(mesh, parameters)
         if shared.join():
             return shared

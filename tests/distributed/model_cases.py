@@ -11,7 +11,7 @@ import torch
 from megarl.config import load
 from megarl.data.records import MicroBatch, Sample
 from megarl.losses.policy import grpo
-from megarl.model.engine import Engine, HostWeights, NonFiniteError
+from megarl.model.engine import Engine, NonFiniteError
 from megarl.model.family import read_spec
 from megarl.parallel.collectives import exchange_samples
 from megarl.parallel.mesh import Mesh, build_mesh
@@ -96,7 +96,7 @@ def reference_swap(recipe: str, model: str, overrides: list[str], samples: list[
     mesh = build_mesh(load([recipe, f"model.path={model}", *overrides]))
     for with_reference in (True, False):
         engine = engine_of(recipe, model, overrides, mesh=mesh)
-        reference = HostWeights(engine.model)
+        reference = engine.weights()
         batch = [Sample(**fields) for fields in samples]
         for sample in batch:
             sample.advantage = 1.0

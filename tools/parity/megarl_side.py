@@ -22,7 +22,7 @@ from megarl.algorithms.onpolicy import attach
 from megarl.config import Config, load
 from megarl.data.records import Sample
 from megarl.losses.policy import grpo
-from megarl.model.engine import Engine, HostWeights
+from megarl.model.engine import Engine
 from megarl.model.family import read_spec
 from megarl.observe.metrics import read_metrics
 from megarl.observe.run import Run
@@ -74,7 +74,7 @@ def from_completions(cfg: Config, mesh: Mesh, folder: Path, updates: int) -> Cur
     """Log-probabilities, advantages and updates of `megarl.algorithms.grpo`."""
     tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
     policy = Engine(cfg, mesh, read_spec(cfg.model.path), temperature=1.0, total_updates=STEPS)
-    reference = HostWeights(policy.model)
+    reference = policy.weights()
     rows = read(folder, "groups")
     found: Curves = {"loss": [], "grad_norm": []}
     per_step = BATCH // GROUP
