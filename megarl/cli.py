@@ -63,6 +63,10 @@ def _parser() -> argparse.ArgumentParser:
     verify_parser.add_argument("--max-ranks", type=int, default=8, help="most processes to start (default 8)")
     verify_parser.add_argument("--tolerance", type=float, default=1e-5, help="largest difference that agrees")
     verify_parser.add_argument("--no-vllm", action="store_true", help="leave vLLM out of the comparison")
+    plan_parser = add("plan", plan, "say what a recipe takes of each GPU's memory, by formulas, and whether it fits")
+    plan_parser.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
+    plan_parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=OVERRIDE_HELP)
+    plan_parser.add_argument("--gpu-gb", type=float, default=80.0, help="memory of a GPU in GB (default 80)")
     add("doctor", doctor, "say what is installed, what its absence switches off, and whether training can run")
     report_parser = add("report", report, "summarise a run's metrics.jsonl and draw its reward curve")
     convert_parser = commands.add_parser("convert", help=CONVERT_HELP, description=CONVERT_HELP)
@@ -171,6 +175,32 @@ def verify(args: argparse.Namespace) -> int:
 
     recipe = [args.recipe, *args.overrides]
     return compare(recipe, max_ranks=args.max_ranks, tolerance=args.tolerance, vllm=not args.no_vllm)
+
+
+def plan(args: argparse.Namespace) -> int:
+    """Print the memory of the recipe's fullest rank; 1 where it does not fit. Needs the model's config.json."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from megarl.config.machine import check_model
+    from megarl.model.family import read_spec
+    from megarl.plan import plan as memory
+    from megarl.plan import rows_of, too_much
+
+    cfg = _load(args, check_model=False)
+    if cfg is None:
+        return 2
+    if wrong := [problem.text for problem in check_model(cfg)]:
+        print("megarl plan: " + "\n  ".join(wrong), file=sys.stderr)
+        return 2
+    found = memory(cfg, read_spec(cfg.model.path))
+    table = Table("GB of the fullest GPU", "")
+    for row in rows_of(found, cfg, args.gpu_gb):
+        table.add_row(*row)
+    Console().print(table)
+    for reason in too_much(found, cfg, args.gpu_gb):
+        print(f"does not fit: {reason}", file=sys.stderr)
+    return bool(too_much(found, cfg, args.gpu_gb))
 
 
 def doctor(args: argparse.Namespace) -> int:

@@ -24,7 +24,7 @@ class ModelFlops:
 
     @classmethod
     def of(cls, spec: ModelSpec) -> ModelFlops:
-        attention, pair = _attention(spec)
+        attention, pair = attention_parameters(spec), _pair(spec)
         layers = range(spec.num_layers)
         mlp = sum(_mlp(spec, i) for i in layers)
         head = spec.hidden_size * (1 if spec.scalar_head else spec.vocab_size)
@@ -52,19 +52,27 @@ class ModelFlops:
         return 2.0 * self.matmul_parameters * length + attention
 
 
-def _attention(spec: ModelSpec) -> tuple[int, int]:
-    """(parameters of a layer's attention, FLOPs of a pair: its score, and its value's part of the sum)."""
+def attention_parameters(spec: ModelSpec) -> int:
+    """Of a layer: the projections of queries, keys, values and of the output."""
     hidden, heads = spec.hidden_size, spec.num_attention_heads
     if spec.mla is None:
-        size = spec.kv_channels
-        return hidden * size * (2 * heads + 2 * spec.num_query_groups), 2 * heads * (size + size)
+        return hidden * spec.kv_channels * (2 * heads + 2 * spec.num_query_groups)
     mla = spec.mla
     key = mla.qk_head_dim + mla.qk_pos_emb_head_dim
     inputs = hidden if mla.q_lora_rank is None else mla.q_lora_rank
     query = (0 if mla.q_lora_rank is None else hidden * mla.q_lora_rank) + inputs * heads * key
     down = hidden * (mla.kv_lora_rank + mla.qk_pos_emb_head_dim)
     up = mla.kv_lora_rank * heads * (mla.qk_head_dim + mla.v_head_dim)
-    return query + down + up + heads * mla.v_head_dim * hidden, 2 * heads * (key + mla.v_head_dim)
+    return query + down + up + heads * mla.v_head_dim * hidden
+
+
+def _pair(spec: ModelSpec) -> int:
+    """FLOPs of a layer for each pair of a query and a key: its score, and its value's part of the sum."""
+    if spec.mla is None:
+        key = value = spec.kv_channels
+    else:
+        key, value = spec.mla.qk_head_dim + spec.mla.qk_pos_emb_head_dim, spec.mla.v_head_dim
+    return 2 * spec.num_attention_heads * (key + value)
 
 
 def _mlp(spec: ModelSpec, i: int) -> int:

@@ -79,3 +79,31 @@ def test_what_fp8_would_round_is_the_same_on_every_layout(ranks, tiny_hf, recipe
     stages = ["cluster.gpus_per_node=2", "parallel.pipeline_model_parallel_size=2"]
     for found in ranks.run(memory_cases.rounding, 2, overrides=stages, **kwargs):
         assert found == pytest.approx(truth, rel=1e-5)
+
+
+FULL = ["model.recompute_granularity=full", "model.recompute_method=uniform", "model.recompute_num_layers=1"]
+
+
+def selective(*modules):
+    return ["model.recompute_granularity=selective", f"model.recompute_modules=[{','.join(modules)}]"]
+
+
+@pytest.mark.parametrize(
+    "family, parts",
+    [("llama", ["core_attn", "mlp"]), ("mixtral", ["moe"]), ("deepseek_v3", ["core_attn", "shared_experts", "moe"])],
+)
+def test_recomputed_parts_keep_less_and_change_nothing(ranks, tiny_hf, recipe, family, parts):
+    """Each part keeps fewer bytes for backward than none, and whole layers only their inputs: 4 bytes x 80 tokens x 64
+    dimensions of each but the first, whose input is the embedding's output, and what lies behind the last."""
+    kwargs = {"recipe": recipe, "model": str(tiny_hf(family)), "samples": random_samples([21] * 4)}
+    [plain] = ranks.run(memory_cases.activations, 1, overrides=[], **kwargs)
+    found = {}
+    for name in (*parts, "full"):
+        lever = FULL if name == "full" else selective(name)
+        [found[name]] = ranks.run(memory_cases.activations, 1, overrides=lever, **kwargs)
+        for key, weight in plain["weights"].items():
+            np.testing.assert_array_equal(weight, found[name]["weights"][key], err_msg=f"{name}: {key}")
+    kept = {name: sum(one["saved"]) for name, one in found.items()}
+    assert all(0 < kept["full"] < kept[name] < sum(plain["saved"]) for name in parts), (kept, plain["saved"])
+    layer_input = 4 * 80 * 64
+    assert 4 * layer_input <= kept["full"] <= 6.5 * layer_input

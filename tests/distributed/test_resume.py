@@ -98,6 +98,20 @@ def test_learning_from_rollouts_resumes_bit_for_bit(ranks, recipe, what, layout)
     check_bits(ranks, recipe, what, layout)
 
 
+OFFLOAD = ["offload.params=true", "offload.grads=true", "offload.optimizer=true"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what, layout", [("sft", "DP2"), ("grpo", "TP2")])
+def test_what_waits_in_host_memory_is_saved_and_resumed(ranks, recipe, what, layout):
+    """3 steps, a stop, 3 more, with nothing of the trainer on the device in between: the numbers of a plain run."""
+    name, more = f"{what}-{layout}-offload", [*OFFLOAD, "optimizer.optimizer_cpu_offload=true"]
+    _, straight = run(ranks, recipe, f"{name}-straight", what, layout)
+    run(ranks, recipe, name, what, layout, stop_after=3, more=more)
+    _, resumed = run(ranks, recipe, name, what, layout, more=more)
+    assert resumed == straight
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("before, after", [("TP2", "PP2"), ("DP2", "TP2"), ("PP2", "DP2")])
 def test_another_layout_goes_on(ranks, recipe, before, after):
