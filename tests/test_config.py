@@ -270,7 +270,10 @@ BATCH, GROUP = "train.train_global_batch_size", "rollout.num_generations_per_pro
         ({"train.train_mb_tokens": 1000}, "train.train_mb_tokens = 1000 is less than the longest sequence"),
         ({"train.logprob_mb_tokens": 1000}, "train.logprob_mb_tokens = 1000 is less than the longest sequence"),
         ({"rollout.max_num_batched_tokens": 100}, "rollout.max_num_seqs = 256"),
-        ({"rollout.quantization": "fp8_per_tensor", "rollout.dtype": "fp32"}, "needs rollout.dtype = bf16"),
+        (
+            {"rollout.quantization": "fp8_per_tensor", "rollout.dtype": "fp32", "loss.use_rollout_logps": True},
+            "needs rollout.dtype = bf16",
+        ),
         ({"optimizer.min_lr": 1e-3}, "is above optimizer.lr"),
         ({"optimizer.lr_warmup_iters": 10, "optimizer.lr_decay_iters": 10}, "leaves nothing"),
         ({"validation.val_period": 5}, "no data.val_path"),
@@ -284,8 +287,8 @@ BATCH, GROUP = "train.train_global_batch_size", "rollout.num_generations_per_pro
             "model.recompute_granularity = full needs model.recompute_num_layers",
         ),
         (
-            {"model.recompute_granularity": "selective", "model.recompute_modules": "[moe]"},
-            "['moe'] are not among core_attn, mlp",
+            {"model.recompute_granularity": "selective", "model.recompute_modules": "[layernorm]"},
+            "['layernorm'] are not among core_attn, mlp, moe,",
         ),
         ({"model.recompute_method": "block"}, "goes with full recompute"),
         ({FIRST: 3}, "needs more than one stage"),

@@ -19,6 +19,10 @@ def check_memory(cfg: "Config") -> Problems:
     """What needs the config alone."""
     yield from _recompute(cfg)
     yield from _precision_aware(cfg)
+    name, o = "optimizer.optimizer_offload_fraction", cfg.optimizer
+    if o.optimizer_offload_fraction < 1 and not o.optimizer_cpu_offload:
+        text = f"{name} = {o.optimizer_offload_fraction} would do nothing: optimizer.optimizer_cpu_offload = false"
+        yield Problem(text, (name, "optimizer.optimizer_cpu_offload"))
 
 
 def check_recompute(cfg: "Config", spec: "ModelSpec") -> Problems:

@@ -13,6 +13,7 @@ from megarl.data.records import Sample
 from megarl.losses.sft import sft
 from megarl.model.engine import Engine
 from megarl.model.family import read_spec
+from megarl.observe.activations import kept_by_decoder
 from megarl.parallel.mesh import build_mesh
 from megarl.verify.measure import gradient_of
 from megarl.weights.stream import WeightStream
@@ -24,7 +25,7 @@ def _status(field: str) -> int:
 
 
 def one_step(recipe: str, model: str, overrides: list[str], length: int) -> dict[str, Any]:
-    """Loss, gradients, and by how many bytes the process's peak rose in the step."""
+    """Loss, gradients, by how many bytes the process's peak rose in the step, and how many the layers kept."""
     cfg = load([recipe, f"model.path={model}", *overrides])
     mesh = build_mesh(cfg)
     engine = Engine(cfg, mesh, read_spec(model), temperature=1.0, total_updates=1)
@@ -34,6 +35,7 @@ def one_step(recipe: str, model: str, overrides: list[str], length: int) -> dict
     engine.step([Sample("short", 0, tokens[:64], 32)], sft)  # what is made once
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    kept = kept_by_decoder(engine.model)
     metrics = engine.step(mine, sft)
     extra = _status("VmHWM") - before
     gradients = WeightStream(engine.model, engine.spec, mesh, 1 << 20, value=gradient_of)
@@ -41,5 +43,6 @@ def one_step(recipe: str, model: str, overrides: list[str], length: int) -> dict
         "metrics": metrics,
         "gradients": {name: tensor.numpy().copy() for name, tensor in gradients},
         "extra": extra,
+        "kept": sum(kept),
         "pid": os.getpid(),
     }

@@ -10,6 +10,7 @@ from megarl.config import FP8Config
 from megarl.data.records import Sample
 from megarl.model.engine import Engine
 from megarl.model.precision import FP8Rounding
+from megarl.observe.activations import kept_by_decoder
 from tests.distributed.model_cases import engine_of, sequence_loss
 
 
@@ -44,46 +45,11 @@ def three_steps(recipe: str, model: str, overrides: list[str], samples: list[dic
     return {"numbers": numbers, "weights": weights, "between": between, "during": during}
 
 
-class Saved:
-    """Bytes that autograd keeps for backward while it is entered: each storage once, parameters left out."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.bytes = 0
-        self._seen = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        self._kept: list[torch.Tensor] = []  # so that no address is given out twice
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda x: x)
-
-    def _pack(self, x: torch.Tensor) -> torch.Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in self._seen:
-            self._seen.add(storage.data_ptr())
-            self._kept.append(x)
-            self.bytes += storage.nbytes()
-        return x
-
-    def __enter__(self) -> Saved:
-        self._hooks.__enter__()
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self._hooks.__exit__(*error)
-        self._kept.clear()
-
-
 def activations(recipe: str, model: str, overrides: list[str], samples: list[dict[str, Any]]) -> dict[str, Any]:
     """Bytes that the decoder's layers keep for backward, and the weights after an update."""
     engine = engine_of(recipe, model, overrides)
     batch = samples_of(engine, samples)
-    saved = []
-    forward = engine.model.decoder.forward
-
-    def measured(*args: Any, **kwargs: Any) -> Any:
-        with Saved(engine.model) as kept:
-            out = forward(*args, **kwargs)
-        saved.append(kept.bytes)
-        return out
-
-    engine.model.decoder.forward = measured
+    saved = kept_by_decoder(engine.model)
     engine.step(batch, sequence_loss)
     weights = {name: tensor.numpy().copy() for name, tensor in engine.stream(1 << 20)}
     return {"saved": saved, "weights": weights}

@@ -41,8 +41,9 @@ def test_a_long_sequence_at_cp4(ranks, tiny_hf, tmp_path, monkeypatch, length):
     (alone,) = ranks.run(long_cases.one_step, 1, overrides=[], **arguments)
     cp4 = ["cluster.gpus_per_node=4", "parallel.context_parallel_size=4"]
     shared = ranks.run(long_cases.one_step, 4, overrides=cp4, **arguments)
-    largest = max(rank["extra"] for rank in shared)
-    print(f"{length - 1} tokens: {alone['extra'] >> 20} MiB on one rank, at most {largest >> 20} MiB on each of four")
+    largest, kept = (max(rank[what] for rank in shared) for what in ("extra", "kept"))
+    print(f"{length - 1} tokens: peak {alone['extra'] >> 20} MiB on one rank, at most {largest >> 20} on each of four;")
+    print(f"kept for backward {alone['kept'] >> 20} MiB and {kept >> 20}, {kept / alone['kept']:.3f} of it")
     for rank in shared:
         assert rank["metrics"]["loss"] == pytest.approx(alone["metrics"]["loss"], rel=1e-5)
         for name, expected in alone["gradients"].items():
@@ -50,3 +51,5 @@ def test_a_long_sequence_at_cp4(ranks, tiny_hf, tmp_path, monkeypatch, length):
                 rank["gradients"][name], expected, atol=1e-5 * np.abs(expected).max(), err_msg=name
             )
     assert largest < alone["extra"] / 2
+    # A quarter of everything, and keys and values whole: 2 x 16 of some 1,000 numbers a token and layer.
+    assert alone["kept"] / 4 <= kept <= alone["kept"] * (1 / 4 + 0.05)

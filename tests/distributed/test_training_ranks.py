@@ -65,6 +65,19 @@ def test_sft_has_the_same_loss_curve_on_every_layout(ranks, recipe):
         assert curves[name] == pytest.approx(curves["DP2"], rel=1e-4)
 
 
+def test_a_context_parallel_group_holds_what_one_rank_could_not(ranks, recipe, tmp_path):
+    """Of 4 characters + = + 36 + EOS = 42 tokens; a rank holds 24, the two of a group 48. It is learnt, not dropped."""
+    data = tmp_path / "long.jsonl"
+    rows = [{"prompt": "12+3=", "response": "7" * n} for n in (36, 2, 3)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = [f"data.path={data}", "train.train_global_batch_size=3", "train.train_mb_tokens=24"]
+    layout = ["parallel.context_parallel_size=2", "run.max_num_steps=1"]
+    outcomes, records, _ = run(ranks, recipe, "sft-long", [*SFT, *settings, *layout])
+    assert outcomes == ["done", "done"]
+    assert records[-1]["perf/total_num_tokens"] == sum(5 + n + 1 for n in (36, 2, 3))
+    assert records[-1]["actor/tokens"] == sum(n + 1 for n in (36, 2, 3))
+
+
 def test_grpo_is_the_same_step_on_every_layout(ranks, recipe):
     """Rollouts do not depend on the trainer's layout, so the first step's numbers are the same ones."""
     first = {}

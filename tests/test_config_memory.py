@@ -1,0 +1,124 @@
+"""Checks of memory levers, and of how long a sequence may be where context parallelism shares it."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megarl.config import load
+from megarl.config.sizes import longest_in_microbatch
+from tests.test_config import no_launcher, overrides, problems, recipe
+
+__all__ = ["no_launcher", "recipe"]  # fixtures
+
+SELECTIVE = {"model.recompute_granularity": "selective"}
+PRECISION = {
+    "optimizer.use_precision_aware_optimizer": True,
+    "checkpoint.save_contents": "[hf]",
+    "checkpoint.resume_mode": "disable",
+}
+CP = "parallel.context_parallel_size"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (SELECTIVE | {"model.recompute_modules": "[moe, shared_experts]"}, "['shared_experts'] included: leave them"),
+        ({"optimizer.optimizer_offload_fraction": 0}, "optimizer_offload_fraction = 0.0 is outside (0, 1]"),
+        ({"optimizer.optimizer_offload_fraction": 0.5}, "optimizer_offload_fraction = 0.5 would do nothing"),
+        (PRECISION | {"optimizer.use_distributed_optimizer": False}, "needs optimizer.use_distributed_optimizer"),
+        (PRECISION | {"model.dtype": "fp32"}, "of a bf16 model, but model.dtype = fp32"),
+        (PRECISION | {"optimizer.optimizer_cpu_offload": True}, "megarl's: leave one out"),
+        (PRECISION | {"checkpoint.save_contents": "[model, hf, optimizer]"}, "checkpoints cannot hold its state"),
+    ],
+)
+def test_levers_that_do_not_fit(recipe: Callable[..., Path], settings: dict[str, Any], said: str) -> None:
+    found = problems(recipe(), *overrides(settings), check_model=False)
+    assert len(found) == 1, found
+    assert said in found[0]
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ("moe", "the model has no moe to compute again"),
+        ("shared_experts", "the model has no shared_experts to compute again"),
+        ("mla_up_proj", "the model has no mla_up_proj to compute again"),
+    ],
+)
+def test_parts_that_a_dense_model_has_not(recipe: Callable[..., Path], part: str, said: str) -> None:
+    found = problems(recipe(), *overrides(SELECTIVE | {"model.recompute_modules": f"[{part}]"}))
+    assert any(said in problem for problem in found)
+    load([str(recipe()), *overrides(SELECTIVE | {"model.recompute_modules": "[core_attn, mlp]"})])
+
+
+def test_what_only_transformer_engine_can_is_refused_without_it(recipe: Callable[..., Path]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    [found] = problems(recipe(), *overrides(PRECISION))
+    assert "only Transformer Engine's FusedAdam keeps moments in bf16" in found
+    load([str(recipe()), *overrides(PRECISION)], check_model=False)  # for another machine
+
+
+@pytest.mark.parametrize(
+    ("budget", "cp", "together", "longest"),
+    [
+        (100, 1, 1, 100),
+        (100, 1, 2, 50),
+        (101, 1, 2, 50),
+        (100, 2, 1, 200),
+        (100, 2, 2, 100),
+        (101, 2, 1, 204),  # 202, and sequences are padded to multiples of 4
+        (101, 2, 2, 100),  # 204 / 2 = 102, of which 100 is a multiple of 4
+        (10, 4, 2, 16),  # 40 / 2 = 20: two of 16, since one of 20 would be padded to 24
+    ],
+)
+def test_the_longest_sequence_of_a_microbatch(
+    recipe: Callable[..., Path], budget: int, cp: int, together: int, longest: int
+) -> None:
+    settings = {"train.train_mb_tokens": budget, "cluster.gpus_per_node": cp, CP: cp, "algorithm": "sft"}
+    cfg = load([str(recipe()), *overrides(settings | {"data.max_prompt_length": 1})], check_model=False)
+    found = longest_in_microbatch(cfg, together)
+    assert found == longest
+    each = 2 * cp if cp > 1 else 1
+    room = -(-budget * cp // each) * each  # what the engine packs into
+    padded = [-(-n // each) * each for n in (found, found + 1)]
+    assert together * padded[0] <= room < together * padded[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        # 2048 positions are 1024 of each rank; a pair is 4096, 2048 of each
+        ({"algorithm": "sft", "train.train_mb_tokens": 512}, f"512 x {CP} 2 = 1024 is less than the shortest example"),
+        ({"algorithm": "sft", "train.train_mb_tokens": 513}, ""),
+        (
+            {"algorithm": "preference", "train.train_mb_tokens": 1024},
+            f"1024 x {CP} 2 = 2048 is less than the shortest pair with the longest prompt, each padded to a multiple "
+            "of 2 x 2: 2 x (data.max_prompt_length 1024 + 1 token of response) = 2050",
+        ),
+        ({"algorithm": "online_dpo", "train.train_mb_tokens": 2048}, ""),
+        (
+            {"algorithm": "online_dpo", "train.train_mb_tokens": 2046},
+            f"2046 x {CP} 2 = 4092 is less than a pair of the longest, each padded to a multiple of 2 x 2: 2 x (",
+        ),
+        (
+            {"algorithm": "unpaired", "train.train_mb_tokens": 4096, "train.logprob_mb_tokens": 2048},
+            f"logprob_mb_tokens = 2048 x {CP} 2 is less than the longest sequence that train.train_mb_tokens = 4096",
+        ),
+    ],
+)
+def test_lengths_that_a_context_parallel_group_holds(
+    recipe: Callable[..., Path], settings: dict[str, Any], said: str
+) -> None:
+    layout = {"cluster.gpus_per_node": 2, CP: 2, "train.train_global_batch_size": 64}
+    loss = {"preference.loss": "kto"} if settings["algorithm"] == "unpaired" else {}
+    argv = [str(recipe()), *overrides(layout | loss | settings)]
+    if not said:
+        load(argv, check_model=False)
+        return
+    [found] = problems(*argv, check_model=False)
+    assert said in found
