@@ -62,11 +62,11 @@ def test_messages_keep_what_templates_read_and_reasoning_goes_first() -> None:
     [
         ("hi", "messages: must be a list of messages, found a string"),
         ([], "messages: must be a list of messages, found an empty list"),
-        ([{"from": "narrator", "value": "a"}], "messages: turn 0 is from 'narrator'; known: system, human"),
-        ([{"role": "user", "content": "a"}, "b"], "messages: turn 1 must be an object with 'role' and 'content'"),
+        ([{"from": "narrator", "value": "a"}], "messages: turn 0: is from 'narrator'; known: system, human"),
+        ([{"role": "user", "content": "a"}, "b"], "messages: turn 1: must be an object with 'role' and 'content'"),
         ([{"role": "user", "content": ["a"]}], "messages: turn 0: its content must be a string, found a list"),
         ([{"role": "user", "content": None}], "messages: turn 0: its content must be a string, found null"),
-        ([{"role": "user", "content": "\ud800"}], "'messages: turn 0' holds a lone surrogate"),
+        ([{"role": "user", "content": "\ud800"}], "messages: turn 0: holds a lone surrogate"),
     ],
 )
 def test_what_is_no_conversation_is_named_by_turn(turns: Any, reason: str) -> None:

@@ -99,7 +99,7 @@ def test_gsm8k_answers_come_after_the_marker_without_separators(
     message = refusal(data(path, adapter="gsm8k"), tokenizer)
     assert f"{path}:1: answer: has no '####' before its final answer" in message
     assert f"{path}:2: answer: ends in 'x' after '####', which is not a number" in message
-    assert f"{path}:3: has no key 'question'; its keys are 'answer'" in message
+    assert f"{path}:3: question: is missing; the record has 'answer'" in message
     assert "adapter='gsm' is not known; adapters: gsm8k" in refusal(data(path, adapter="gsm"), tokenizer)
 
 
@@ -112,15 +112,18 @@ BAD_LINES = [
     ('["one"]', r"expected an object, found a list"),
     ("[" * 100_000, r"invalid JSON: nested too deeply"),
     ('{"a": ' + "9" * 5000 + "}", r"invalid JSON: Exceeds the limit"),
-    ('{"question": "one", "answer": "3"}', r"has no key 'prompt'; its keys are 'question', 'answer' \(data.prompt_key"),
-    ('{"prompt": "one"}', r"has no key 'answer'; its keys are 'prompt' \(data.answer_key"),
-    (line(prompt=7), r"the prompt must be a string or a list of messages, found a number"),
-    (line(prompt=" "), r"the prompt is empty"),
-    (line(prompt="<eos> <eos>"), r"the prompt has no tokens but special ones: '<eos> <eos>'"),
-    (line(prompt="one \ud800"), r"'prompt' holds a lone surrogate .* at character 4"),
-    (line(answer=["3"]), r"the answer must be a string or a number, found a list"),
-    (line(answer=None), r"the answer must be a string or a number, found null"),
-    (line(answer=True), r"the answer must be a string or a number, found a boolean"),
+    (
+        '{"question": "one", "answer": "3"}',
+        r"prompt: is missing; the record has 'question', 'answer' \(data.prompt_key",
+    ),
+    ('{"prompt": "one"}', r"answer: is missing; the record has 'prompt' \(data.answer_key"),
+    (line(prompt=7), r"prompt: must be a string or a list of messages, found a number"),
+    (line(prompt=" "), r"prompt: is empty"),
+    (line(prompt="<eos> <eos>"), r"prompt: has no tokens but special ones: '<eos> <eos>'"),
+    (line(prompt="one \ud800"), r"prompt: holds a lone surrogate .* at character 4"),
+    (line(answer=["3"]), r"answer: must be a string or a number, found a list"),
+    (line(answer=None), r"answer: must be a string or a number, found null"),
+    (line(answer=True), r"answer: must be a string or a number, found a boolean"),
 ]
 
 
@@ -148,7 +151,11 @@ def test_ten_bad_lines_are_listed_and_all_are_counted(tmp_path: Path, tokenizer:
     path = write(tmp_path / "train.jsonl", *["{}"] * 25)
     message = refusal(data(path), tokenizer)
     assert message.startswith(f"25 unusable records in {path}:")
-    assert message.count("has no key") == 10 and "... and 15 more" in message and "data.bad_records=drop" in message
+    assert (
+        message.count("prompt: is missing") == 10
+        and "... and 15 more" in message
+        and "data.bad_records=drop" in message
+    )
 
 
 def test_overlong_prompts_are_dropped_and_counted_or_refused(
@@ -158,7 +165,7 @@ def test_overlong_prompts_are_dropped_and_counted_or_refused(
     prompts = load_prompts(data(path, max_prompt_length=2), tokenizer)
     assert len(prompts) == 2 and prompts.dropped == {"bad_record": 0, "overlong": 1}
     message = refusal(data(path, max_prompt_length=2, overlong_prompts="refuse"), tokenizer)
-    assert f"{path}:2: the prompt has 3 tokens, data.max_prompt_length=2" in message
+    assert f"{path}:2: prompt: has 3 tokens, data.max_prompt_length=2" in message
 
 
 def test_nothing_to_train_on_is_an_error_that_says_why(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

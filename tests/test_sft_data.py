@@ -62,11 +62,11 @@ def test_bad_and_overlong_records_are_named_or_counted(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         load_examples(config, make_tokenizer(), max_tokens=64)
     message = str(caught.value)
-    assert "sft.jsonl:2: the response is empty" in message
-    assert "sft.jsonl:3: the response must be a string, found a number" in message
-    assert "sft.jsonl:4: has no key 'response'; its keys are 'prompt' (data.response_key names it; " in message
+    assert "sft.jsonl:2: response: is empty" in message
+    assert "sft.jsonl:3: response: must be a string, found a number" in message
+    assert "sft.jsonl:4: response: is missing; the record has 'prompt' (data.response_key names it; " in message
     assert "data.messages_key='messages' would hold a conversation)" in message
-    assert "sft.jsonl:5: 'response' holds a lone surrogate" in message
+    assert "sft.jsonl:5: response: holds a lone surrogate" in message
     long = good | {"prompt": "one two one two"}
     config = data(tmp_path, good, *bad, long, bad_records="drop", max_prompt_length=3)
     examples = load_examples(config, make_tokenizer(), max_tokens=64)
@@ -77,7 +77,7 @@ def test_an_example_that_fits_no_microbatch_is_named(tmp_path: Path) -> None:
     """<bos> one 3 <eos> has 4 tokens."""
     record = {"prompt": "one", "response": "3"}
     assert len(load_examples(data(tmp_path, record), make_tokenizer(), max_tokens=4)) == 1
-    with pytest.raises(DataError, match=r"sft.jsonl:1: prompt and response have 4 tokens; .* allow 3"):
+    with pytest.raises(DataError, match=r"sft.jsonl:1: response: prompt and response have 4 tokens; .* allow 3"):
         load_examples(data(tmp_path, record, overlong_prompts="refuse"), make_tokenizer(), max_tokens=3)
 
 
@@ -120,12 +120,12 @@ def test_one_exchange_is_prompt_and_response(tmp_path: Path) -> None:
 
 def test_conversations_that_cannot_be_learned_are_named(tmp_path: Path) -> None:
     messages = conversation(("user", "one"), ("assistant", "two"))
-    with pytest.raises(DataError, match=r"sft.jsonl:1: the record is a conversation, which needs data.apply_chat_temp"):
+    with pytest.raises(DataError, match=r"sft.jsonl:1: messages: is a conversation, which needs data.apply_chat"):
         load_examples(data(tmp_path, {"messages": messages}), make_tokenizer(), max_tokens=64)
     config = data(tmp_path, {"messages": messages[:1]}, {"messages": 3}, apply_chat_template=True)
     with pytest.raises(DataError) as caught:
         load_examples(config, make_tokenizer(TEMPLATE), max_tokens=64)
-    assert "sft.jsonl:1: has no turn of the assistant's to learn" in str(caught.value)
+    assert "sft.jsonl:1: messages: has no turn of the assistant's to learn" in str(caught.value)
     assert "sft.jsonl:2: messages: must be a list of messages, found a number" in str(caught.value)
 
 
@@ -136,7 +136,7 @@ def test_reasoning_goes_between_think_tags(tmp_path: Path) -> None:
     (example,) = load_examples(config, tokenizer, max_tokens=64)
     assert tokenizer.decode(example.tokens) == "one<think>\ntwo one\n</think>\n\n3<|im_end|>"
     config = data(tmp_path, {"prompt": "one", "response": "3"}, reasoning_key="thoughts")
-    with pytest.raises(DataError, match=r"sft.jsonl:1: has no key 'thoughts'"):
+    with pytest.raises(DataError, match=r"sft.jsonl:1: thoughts: is missing"):
         load_examples(config, tokenizer, max_tokens=64)
 
 

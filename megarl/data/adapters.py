@@ -20,7 +20,7 @@ from megarl.config import DataConfig
 from megarl.data.answers import NUMBER, after_marker, between, last_boxed, trace
 from megarl.data.conversations import transcript
 from megarl.data.countdown import prompt_text as countdown_prompt
-from megarl.data.reading import DataError, RecordError, check_encodable, json_type
+from megarl.data.reading import DataError, RecordError, check_encodable, in_field, json_type
 
 Fields = dict[str, Any]
 Record = Mapping[str, Any]
@@ -31,7 +31,7 @@ ALSO = {"response": "completion", "messages": "conversations"}  # common names, 
 def required(record: Record, key: str, hint: str = "") -> Any:
     """The value under `key`; a missing one is named together with the keys that are there."""
     if key not in record:
-        raise RecordError(f"has no key {key!r}; its keys are {', '.join(map(repr, record)) or 'none'}{hint}")
+        raise RecordError(f"{key}: is missing; the record has {', '.join(map(repr, record)) or 'no keys'}{hint}")
     return record[key]
 
 
@@ -42,7 +42,8 @@ def required_text(record: Record, key: str) -> str:
         raise RecordError(f"{key}: must be a string, found {json_type(value)}")
     if not value.strip():
         raise RecordError(f"{key}: is empty")
-    check_encodable(value, key)
+    with in_field(key):
+        check_encodable(value)
     return value
 
 

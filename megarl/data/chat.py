@@ -54,7 +54,7 @@ def prompt_text(
     check_messages(messages)
     if not apply_chat_template:
         if not isinstance(prompt, str):
-            raise RecordError("the prompt is a list of messages, which needs data.apply_chat_template=true")
+            raise RecordError("is a list of messages, which needs data.apply_chat_template=true")
         return prompt
     return _rendered(tokenizer, _with_system(messages, system_prompt), add_generation_prompt=True)
 
@@ -158,9 +158,9 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str, apply_chat_template: b
 def check_messages(messages: Any) -> None:
     """A prompt is a non-empty string, or messages with a role and some text that end before the assistant's turn."""
     if not isinstance(messages, list):
-        raise RecordError(f"the prompt must be a string or a list of messages, found {json_type(messages)}")
+        raise RecordError(f"must be a string or a list of messages, found {json_type(messages)}")
     if not messages:
-        raise RecordError("the prompt is an empty list of messages")
+        raise RecordError("is an empty list of messages")
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise RecordError(f"message {number} must be an object with 'role' and 'content', found {message!r:.80}")
@@ -168,8 +168,8 @@ def check_messages(messages: Any) -> None:
         for key in ("role",) if only_calls else ("role", "content"):
             if not isinstance(message[key], str):
                 raise RecordError(f"{key!r} of message {number} must be a string, found {json_type(message[key])}")
-        check_encodable(message["content"] or "", "prompt")
+        check_encodable(message["content"] or "")
     if messages[-1]["role"] == "assistant":
         raise RecordError("the last message is the assistant's; a prompt ends where the assistant is to speak")
     if not messages[-1]["content"].strip():
-        raise RecordError("the prompt is empty")
+        raise RecordError("is empty")

@@ -15,7 +15,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from megarl.data.answers import trace
-from megarl.data.reading import RecordError, check_encodable, json_type
+from megarl.data.reading import RecordError, check_encodable, in_field, json_type
 
 if TYPE_CHECKING:
     from megarl.data.chat import Message
@@ -52,20 +52,21 @@ def messages_of(turns: Any, key: str) -> list[Message]:
 def _message(turn: Any, where: str) -> Message:
     if isinstance(turn, dict) and {"from", "value"} <= turn.keys():
         if turn["from"] not in ROLES:
-            raise RecordError(f"{where} is from {turn['from']!r}; known: {', '.join(ROLES)}")
+            raise RecordError(f"{where}: is from {turn['from']!r}; known: {', '.join(ROLES)}")
         message = {"role": ROLES[turn["from"]], "content": turn["value"]}
     elif isinstance(turn, dict) and "role" in turn and {"content", "tool_calls"} & turn.keys():
         kept = {key: value for key, value in turn.items() if value is not None}  # Parquet fills missing keys with null
         message = {"content": None} | kept
     else:
-        raise RecordError(f"{where} must be an object with 'role' and 'content', or 'from' and 'value': {turn!r:.80}")
+        raise RecordError(f"{where}: must be an object with 'role' and 'content', or 'from' and 'value': {turn!r:.80}")
     only_calls = message["content"] is None and message.get("tool_calls")  # null, not "": templates tell them apart
     for key in ("role",) if only_calls else ("role", "content"):
         if not isinstance(message[key], str):
             raise RecordError(f"{where}: its {key} must be a string, found {json_type(message[key])}")
     if (reasoning := message.pop("reasoning_content", None)) and not only_calls:
         message["content"] = trace(reasoning, message["content"])
-    check_encodable(message["content"] or "", where)
+    with in_field(where):
+        check_encodable(message["content"] or "")
     return message
 
 
@@ -91,11 +92,12 @@ def response_text(response: Any, key: str = "response") -> str:
         messages = messages_of(response, key)
         if len(messages) != 1 or messages[0]["role"] != "assistant":
             roles = ", ".join(message["role"] for message in messages)
-            raise RecordError(f"the {key} must be one message of the assistant's, found {roles}")
+            raise RecordError(f"{key}: must be one message of the assistant's, found {roles}")
         response = messages[0]["content"]
     if not isinstance(response, str):
-        raise RecordError(f"the {key} must be a string, found {json_type(response)}")
+        raise RecordError(f"{key}: must be a string, found {json_type(response)}")
     if not response.strip():
-        raise RecordError(f"the {key} is empty")
-    check_encodable(response, key)
+        raise RecordError(f"{key}: is empty")
+    with in_field(key):
+        check_encodable(response)
     return response

@@ -66,6 +66,7 @@ class Texts:
     prompt: Any
     chosen: Any
     rejected: Any
+    keys: tuple[str, str]  # the fields that chosen and rejected are from
     chosen_score: float | None = None
     rejected_score: float | None = None
     suffix: str = ""
@@ -81,7 +82,7 @@ def load_pairs(data: DataConfig, tokenizer: PreTrainedTokenizerBase, max_tokens:
         pairs = [pair(record_id + texts.suffix, texts, sequences) for texts in pair_texts(fields, data)]
         if "reference_prompt" not in fields:
             return pairs
-        _, prompt = sequences.prompt(fields["reference_prompt"])
+        _, prompt = sequences.prompt(fields["reference_prompt"], data.reference_prompt_key)
         return [Pair(**vars(made) | {"reference_prompt": prompt}) for made in pairs]
 
     loaded = collect(data, data.path, data.split, build, limit=data.max_records)
@@ -108,10 +109,11 @@ def check_pairs_adapter(name: str | None) -> None:
 
 def pair(pair_id: str, texts: Texts, sequences: Sequences) -> Pair:
     """The tokens of a pair."""
-    chosen = sequences.single(texts.prompt, texts.chosen, "chosen response")
-    rejected = sequences.single(texts.prompt, texts.rejected, "rejected response")
+    chosen_key, rejected_key = texts.keys
+    chosen = sequences.single(texts.prompt, texts.chosen, chosen_key)
+    rejected = sequences.single(texts.prompt, texts.rejected, rejected_key)
     if chosen.tokens == rejected.tokens:
-        raise RecordError("the chosen and the rejected response are the same")
+        raise RecordError(f"{rejected_key}: is the same response as {chosen_key}")
     scores = (texts.chosen_score, texts.rejected_score)
     return Pair(pair_id, chosen.tokens, rejected.tokens, chosen.prompt_length, *scores)
 
@@ -119,15 +121,20 @@ def pair(pair_id: str, texts: Texts, sequences: Sequences) -> Pair:
 def pair_texts(fields: Fields, data: DataConfig) -> list[Texts]:
     """The pairs of a record."""
     if "chosen" not in fields and "rejected" not in fields and "responses" in fields:
-        return ranked(fields, data.ranked_pairs)
+        return ranked(fields, data)
     if missing := [key for key in ("chosen", "rejected") if key not in fields]:
-        named = " and ".join(f"data.{key}_key={vars(data)[f'{key}_key']!r}" for key in missing)
-        raise RecordError(f"has no {' and no '.join(missing)} response ({named}), nor data.responses_key to rank")
+        keys = [vars(data)[f"{key}_key"] for key in missing]
+        named = " and ".join(f"data.{key}_key" for key in missing)
+        raise RecordError(
+            f"{' and '.join(keys)}: missing ({named}), and so is {data.responses_key!r} to rank (data.responses_key)"
+        )
     prompt, chosen, rejected = sides(fields, data)
-    scores = [optional_number(fields, key) for key in ("chosen_score", "rejected_score")]
+    named = {"chosen_score": data.chosen_score_key, "rejected_score": data.rejected_score_key}
+    scores = [finite(fields[field], key) if field in fields else None for field, key in named.items()]
     if (scores[0] is None) != (scores[1] is None):
-        raise RecordError("has a score of only one of its two responses")
-    return [Texts(prompt, chosen, rejected, *scores)]
+        lacks = data.chosen_score_key if scores[0] is None else data.rejected_score_key
+        raise RecordError(f"{lacks}: is missing, though the other response has a score")
+    return [Texts(prompt, chosen, rejected, (data.chosen_key, data.rejected_key), *scores)]
 
 
 def sides(fields: Fields, data: DataConfig) -> tuple[Any, Any, Any]:
@@ -135,14 +142,16 @@ def sides(fields: Fields, data: DataConfig) -> tuple[Any, Any, Any]:
     chosen, rejected = fields["chosen"], fields["rejected"]
     if isinstance(chosen, list) and isinstance(rejected, list):
         turns = messages_of(chosen, data.chosen_key), messages_of(rejected, data.rejected_key)
-        return split(*turns, fallback=lambda: prompt_of(fields, data))
+        return split(*turns, data, fallback=lambda: prompt_of(fields, data))
     if is_transcript(chosen) and is_transcript(rejected):
         if data.apply_chat_template:
             turns = transcript(chosen, data.chosen_key), transcript(rejected, data.rejected_key)
-            return split(*turns, fallback=lambda: prompt_of(fields, data))
-        return split_text(chosen, rejected)
+            return split(*turns, data, fallback=lambda: prompt_of(fields, data))
+        return split_text(chosen, rejected, data)
     if type(chosen) is not type(rejected):
-        raise RecordError(f"chosen is {json_type(chosen)}, rejected {json_type(rejected)}")
+        raise RecordError(
+            f"{data.rejected_key}: is {json_type(rejected)}, but {data.chosen_key} is {json_type(chosen)}"
+        )
     return prompt_of(fields, data), chosen, rejected
 
 
@@ -153,85 +162,96 @@ def prompt_of(fields: Fields, data: DataConfig) -> Any:
     if "messages" in fields:
         return messages_of(fields["messages"], data.messages_key)
     raise RecordError(
-        f"has no prompt (data.prompt_key={data.prompt_key!r}, data.messages_key={data.messages_key!r}), and its "
-        "responses do not bring one"
+        f"{data.prompt_key}: is missing (data.prompt_key names it), and so is {data.messages_key!r} "
+        "(data.messages_key); the responses do not bring a prompt"
     )
 
 
-def split(chosen: list[Message], rejected: list[Message], fallback: Callable[[], Any]) -> tuple[Any, str, str]:
+def split(
+    chosen: list[Message], rejected: list[Message], data: DataConfig, fallback: Callable[[], Any]
+) -> tuple[Any, str, str]:
     """Two conversations as the prompt they share and their last turns; `fallback` has the prompt if they share none."""
-    for name, messages in (("chosen", chosen), ("rejected", rejected)):
+    for key, messages in ((data.chosen_key, chosen), (data.rejected_key, rejected)):
         if messages[-1]["role"] != "assistant":
-            raise RecordError(f"the last message of {name} is the {messages[-1]['role']}'s, not the assistant's")
+            raise RecordError(f"{key}: the last message is the {messages[-1]['role']}'s, not the assistant's")
     before, other = (
         [(message["role"], message["content"]) for message in messages[:-1]] for messages in (chosen, rejected)
     )
     if before != other:
         shared = next((at for at, (a, b) in enumerate(zip(before, other, strict=False)) if a != b), None)
         where = f"differ in turn {shared}" if shared is not None else f"have {len(chosen)} and {len(rejected)} turns"
-        raise RecordError(f"chosen and rejected may differ only in their last turn; they {where}")
+        raise RecordError(f"{data.rejected_key}: may differ from {data.chosen_key} only in the last turn; they {where}")
     prompt = chosen[:-1] or fallback()
-    return prompt, response_text(chosen[-1], "chosen response"), response_text(rejected[-1], "rejected response")
+    return prompt, response_text(chosen[-1], data.chosen_key), response_text(rejected[-1], data.rejected_key)
 
 
-def split_text(chosen: str, rejected: str) -> tuple[str, str, str]:
+def split_text(chosen: str, rejected: str, data: DataConfig) -> tuple[str, str, str]:
     """Two transcripts as plain text: all up to the last "Assistant:" is the prompt."""
     marker = "\n\nAssistant:"
     (prompt, found, last), (other, _, other_last) = chosen.rpartition(marker), rejected.rpartition(marker)
     if not found or prompt != other:
-        raise RecordError("chosen and rejected may differ only in their last turn, the assistant's")
+        raise RecordError(
+            f"{data.rejected_key}: may differ from {data.chosen_key} only in the last turn, the assistant's"
+        )
     return prompt + marker, last.rstrip(), other_last.rstrip()
 
 
-def ranked(fields: Fields, which: str) -> list[Texts]:
+def ranked(fields: Fields, data: DataConfig) -> list[Texts]:
     """Pairs of ranked responses, as data.ranked_pairs says."""
-    responses, scores = scored(fields["responses"], fields.get("scores"))
-    if which == "best_worst":
+    responses, scores = scored(fields["responses"], fields.get("scores"), data)
+    if data.ranked_pairs == "best_worst":
         order = range(len(scores))
         indices = [(max(order, key=scores.__getitem__), min(order, key=scores.__getitem__))]
     else:
         indices = [(i, j) if scores[i] > scores[j] else (j, i) for i, j in combinations(range(len(scores)), 2)]
     told_apart = [(best, worst) for best, worst in indices if scores[best] > scores[worst]]
     if not told_apart:
-        raise RecordError(f"no score tells its {len(responses)} responses apart: {scores}"[:200])
+        raise RecordError(f"{data.scores_key}: none tells the {len(responses)} responses apart: {scores}"[:200])
     if "prompt" not in fields:
-        raise RecordError("has responses to rank, and no prompt")
+        raise RecordError(f"{data.prompt_key}: is missing (data.prompt_key names it)")
+    key = data.responses_key
     return [
-        Texts(fields["prompt"], responses[i], responses[j], scores[i], scores[j], f"#{i}>{j}") for i, j in told_apart
+        Texts(
+            fields["prompt"],
+            responses[i],
+            responses[j],
+            (f"{key}[{i}]", f"{key}[{j}]"),
+            scores[i],
+            scores[j],
+            f"#{i}>{j}",
+        )
+        for i, j in told_apart
     ]
 
 
-def scored(responses: Any, scores: Any) -> tuple[list[Any], list[float]]:
+def scored(responses: Any, scores: Any, data: DataConfig) -> tuple[list[Any], list[float]]:
     """Responses and their scores, from two lists or from a list of objects that have both."""
     if not isinstance(responses, list) or len(responses) < 2:
         what = f"{len(responses)} of them" if isinstance(responses, list) else json_type(responses)
-        raise RecordError(f"the responses must be a list of at least two, found {what}")
+        raise RecordError(f"{data.responses_key}: must be a list of at least two, found {what}")
     if scores is None:
-        scores = [first_of(response, SCORE_KEYS, number) for number, response in enumerate(responses)]
-        responses = [first_of(response, TEXT_KEYS, number) for number, response in enumerate(responses)]
+        places = [f"{data.responses_key}[{number}]" for number in range(len(responses))]
+        scores = [first_of(response, SCORE_KEYS, at) for at, response in zip(places, responses, strict=True)]
+        responses = [first_of(response, TEXT_KEYS, at) for at, response in zip(places, responses, strict=True)]
     if not isinstance(scores, list) or len(scores) != len(responses):
         what = f"{len(scores)} of them" if isinstance(scores, list) else json_type(scores)
         raise RecordError(
-            f"the scores must be a list of {len(responses)}, as many as there are responses, found {what}"
+            f"{data.scores_key}: must be a list of {len(responses)}, as many as there are responses, found {what}"
         )
-    return responses, [finite(score, f"score {number}") for number, score in enumerate(scores)]
+    return responses, [finite(score, f"{data.scores_key}[{number}]") for number, score in enumerate(scores)]
 
 
-def first_of(response: Any, names: tuple[str, ...], number: int) -> Any:
+def first_of(response: Any, names: tuple[str, ...], place: str) -> Any:
     """The value of a scored response under the first of `names` that it has."""
     if isinstance(response, dict):
         for name in names:
             if name in response:
                 return response[name]
-    raise RecordError(f"response {number} must be an object with one of {', '.join(names)}: {response!r:.60}")
+    raise RecordError(f"{place}: must be an object with one of {', '.join(names)}: {response!r:.60}")
 
 
-def optional_number(fields: Fields, key: str) -> float | None:
-    return finite(fields[key], key) if key in fields else None
-
-
-def finite(value: Any, name: str) -> float:
+def finite(value: Any, key: str) -> float:
     """A score as a number."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise RecordError(f"{name} must be a finite number, found {value!r:.40}")
+        raise RecordError(f"{key}: must be a finite number, found {value!r:.40}")
     return float(value)

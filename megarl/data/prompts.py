@@ -16,7 +16,16 @@ from transformers import PreTrainedTokenizerBase
 from megarl.config import DataConfig
 from megarl.data import chat, curriculum
 from megarl.data.adapters import check_adapter, read_fields
-from megarl.data.reading import DataError, Loaded, OverlongError, RecordError, check_encodable, collect, json_type
+from megarl.data.reading import (
+    DataError,
+    Loaded,
+    OverlongError,
+    RecordError,
+    check_encodable,
+    collect,
+    in_field,
+    json_type,
+)
 
 T = TypeVar("T")
 
@@ -40,7 +49,8 @@ def load_prompts(data: DataConfig, tokenizer: PreTrainedTokenizerBase, *, valida
     def build(record_id: str, record: dict[str, Any]) -> Prompt:
         fields = read_fields(record, data, wanted=("prompt", "answer"))
         text, tokens = tokenize(fields["prompt"])
-        answer = answer_text(fields["answer"]) if "answer" in fields else None
+        with in_field(data.answer_key):
+            answer = answer_text(fields["answer"]) if "answer" in fields else None
         if data.pass_rate_key is not None:
             curriculum.checked_rate(record.get(data.pass_rate_key), data.pass_rate_key)
         return Prompt(record_id, tokens, text, answer, record)
@@ -66,15 +76,17 @@ def by_difficulty(prompts: Loaded[Prompt], data: DataConfig) -> Loaded[Prompt]:
     return Loaded(curriculum.in_order(kept, data.order), kept.dropped)
 
 
-def prompt_tokenizer(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[[Any], tuple[str, list[int]]]:
-    """A function from a prompt to its text and tokens; what no prompt could satisfy is refused before any is read."""
+def prompt_tokenizer(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[..., tuple[str, list[int]]]:
+    """A function from a prompt, and the field it is from (data.prompt_key), to its text and tokens; what no prompt could
+    satisfy is refused before any is read."""
     check_adapter(data.adapter)
     chat.check_template(tokenizer, data.system_prompt, data.apply_chat_template)
     encode = prompt_encoder(data, tokenizer)
 
-    def tokenize(prompt: Any) -> tuple[str, list[int]]:
-        text = chat.prompt_text(tokenizer, prompt, data.system_prompt, data.apply_chat_template)
-        return text, encode(text)
+    def tokenize(prompt: Any, key: str | None = None) -> tuple[str, list[int]]:
+        with in_field(key or data.prompt_key):
+            text = chat.prompt_text(tokenizer, prompt, data.system_prompt, data.apply_chat_template)
+            return text, encode(text)
 
     return tokenize
 
@@ -86,9 +98,9 @@ def prompt_encoder(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Call
     def encode(text: str) -> list[int]:
         tokens = chat.encode(tokenizer, text, data.apply_chat_template)
         if special_ids.issuperset(tokens):
-            raise RecordError(f"the prompt has no tokens but special ones: {text!r:.80}")
+            raise RecordError(f"has no tokens but special ones: {text!r:.80}")
         if len(tokens) > data.max_prompt_length:
-            raise OverlongError(f"the prompt has {len(tokens)} tokens, data.max_prompt_length={data.max_prompt_length}")
+            raise OverlongError(f"has {len(tokens)} tokens, data.max_prompt_length={data.max_prompt_length}")
         return tokens
 
     return encode
@@ -97,9 +109,9 @@ def prompt_encoder(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Call
 def answer_text(answer: Any) -> str:
     """The reference answer as text; numbers are written as JSON writes them."""
     if isinstance(answer, bool) or not isinstance(answer, str | int | float):
-        raise RecordError(f"the answer must be a string or a number, found {json_type(answer)}")
+        raise RecordError(f"must be a string or a number, found {json_type(answer)}")
     text = str(answer)
-    check_encodable(text, "answer")
+    check_encodable(text)
     return text
 
 

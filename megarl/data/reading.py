@@ -8,6 +8,7 @@ says what is wrong with it. What makes the whole source unreadable (no such file
 JSON is read strictly: UTF-8 only (a BOM is skipped), no NUL, no NaN or Infinity literals, no key twice in one object.
 """
 
+import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -41,7 +42,7 @@ class DataError(Exception):
 
 
 class RecordError(ValueError):
-    """One record cannot be used; the message is the reason, and whoever knows the record's place adds it."""
+    """One record cannot be used; the message is `field: reason`, and whoever knows the record's place adds it."""
 
 
 class OverlongError(RecordError):
@@ -229,9 +230,18 @@ def json_type(value: Any) -> str:
     return JSON_TYPES.get(type(value), type(value).__name__)
 
 
-def check_encodable(text: str, key: str) -> None:
+@contextlib.contextmanager
+def in_field(key: str) -> Iterator[None]:
+    """Whatever is wrong inside is wrong with this field of the record, and its message says so."""
+    try:
+        yield
+    except RecordError as error:
+        raise type(error)(f"{key}: {error}") from error
+
+
+def check_encodable(text: str) -> None:
     """JSON can spell half of a surrogate pair (\\ud800); no tokenizer takes it."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise RecordError(f"{key!r} holds a lone surrogate {text[error.start]!r} at character {error.start}") from error
+        raise RecordError(f"holds a lone surrogate {text[error.start]!r} at character {error.start}") from error

@@ -21,7 +21,7 @@ from megarl.data import chat
 from megarl.data.answers import THINK
 from megarl.data.conversations import is_transcript, messages_of, response_text, transcript
 from megarl.data.prompts import prompt_encoder, prompt_tokenizer
-from megarl.data.reading import DataError, OverlongError, RecordError
+from megarl.data.reading import DataError, OverlongError, RecordError, in_field
 
 
 @dataclass(frozen=True)
@@ -44,27 +44,33 @@ class Sequences:
             name = tokenizer.name_or_path or "the model"
             raise DataError(f"the tokenizer of {name} has no EOS token to end responses")
 
-    def prompt(self, prompt: Any) -> tuple[str, list[int]]:
-        """Text and tokens of a prompt: text, messages in either spelling, or a transcript of Anthropic's data."""
+    def prompt(self, prompt: Any, key: str | None = None) -> tuple[str, list[int]]:
+        """Text and tokens of a prompt: text, messages in either spelling, or a transcript of Anthropic's data. `key` is
+        the record's field that it is from, data.prompt_key if it is not given."""
+        key = key or self.data.prompt_key
         if isinstance(prompt, list):
-            prompt = messages_of(prompt, "prompt")
+            prompt = messages_of(prompt, key)
         elif is_transcript(prompt) and self.data.apply_chat_template:
-            turns = transcript(prompt, "prompt")
+            turns = transcript(prompt, key)
             empty_end = turns[-1]["role"] == "assistant" and not turns[-1]["content"]
             prompt = turns[:-1] if empty_end else turns
-        return self.tokenize_prompt(prompt)
+        return self.tokenize_prompt(prompt, key)
 
-    def single(self, prompt: Any, response: Any, key: str = "response") -> Sequence:
-        """One prompt and one response; `key` is what errors call the response."""
-        text, tokens = self.prompt(prompt)
+    def single(self, prompt: Any, response: Any, key: str | None = None, prompt_key: str | None = None) -> Sequence:
+        """One prompt and one response; the keys are the fields that they are from, data.response_key and
+        data.prompt_key if they are not given."""
+        key = key or self.data.response_key
+        text, tokens = self.prompt(prompt, prompt_key)
         return self.checked(Sequence([*tokens, *self.response(text, response_text(response, key))], len(tokens)), key)
 
     def conversation(self, messages: list[chat.Message]) -> Sequence:
         """A conversation of which the assistant's turns are learned, as data.train_on_turns says."""
+        key = self.data.messages_key
         if not self.data.apply_chat_template:
-            raise RecordError("the record is a conversation, which needs data.apply_chat_template=true")
-        spans = chat.spans(self.tokenizer, messages, self.data.system_prompt, self.data.train_on_turns)
-        prompt, read = self.encode_prompt(spans[0][0]), ""
+            raise RecordError(f"{key}: is a conversation, which needs data.apply_chat_template=true")
+        with in_field(key):
+            spans = chat.spans(self.tokenizer, messages, self.data.system_prompt, self.data.train_on_turns)
+            prompt, read = self.encode_prompt(spans[0][0]), ""
         tokens, mask = list(prompt), []
         for number, (text, learned) in enumerate(spans):
             if number == len(spans) - 1:
@@ -75,7 +81,7 @@ class Sequences:
             mask += [learned] * len(ids)
             read += text
         loss_mask = None if all(mask) else torch.tensor(mask)
-        return self.checked(Sequence(tokens, len(prompt), loss_mask), "response")
+        return self.checked(Sequence(tokens, len(prompt), loss_mask), key)
 
     def response(self, prompt: str, response: str) -> list[int]:
         """Token ids of the response and EOS, behind a prompt of that text."""
@@ -89,7 +95,7 @@ class Sequences:
         """The sequence, if the model and a microbatch can hold it."""
         if len(sequence.tokens) > self.max_tokens:
             raise OverlongError(
-                f"prompt and {key} have {len(sequence.tokens)} tokens; the model's positions and train.train_mb_tokens "
-                f"allow {self.max_tokens}"
+                f"{key}: prompt and response have {len(sequence.tokens)} tokens; the model's positions and "
+                f"train.train_mb_tokens allow {self.max_tokens}"
             )
         return sequence

@@ -56,8 +56,9 @@ def example(record: dict[str, Any], data: DataConfig, sequences: Sequences) -> S
         required(record, data.prompt_key, f" (data.prompt_key names it{hint})")
         if "response" not in fields:
             required(record, data.response_key, f" (data.response_key names it{hint})")
-            raise RecordError("the response must be a string, found null")
+            raise RecordError(f"{data.response_key}: must be a string, found null")
     response = fields["response"]
     if data.reasoning_key is not None:
-        response = trace(response_text(required(record, data.reasoning_key), "reasoning"), response_text(response))
+        reasoning = response_text(required(record, data.reasoning_key), data.reasoning_key)
+        response = trace(reasoning, response_text(response, data.response_key))
     return sequences.single(fields.get("prompt"), response)

@@ -68,17 +68,18 @@ def labelled_sequence(fields: Fields, data: DataConfig, sequences: Sequences) ->
     if "response" in fields:
         prompt = fields.get("prompt", fields.get("messages"))
         if prompt is None:
-            raise RecordError(f"has no prompt (data.prompt_key={data.prompt_key!r})")
+            raise RecordError(f"{data.prompt_key}: is missing (data.prompt_key names it)")
         return sequences.single(prompt, fields["response"])
     if "messages" not in fields:
         raise RecordError(
-            f"has no response (data.response_key={data.response_key!r}) and no conversation "
+            f"{data.response_key}: is missing (data.response_key names it), and so is a conversation "
             f"(data.messages_key={data.messages_key!r})"
         )
     *before, last = messages_of(fields["messages"], data.messages_key)
     if last["role"] != "assistant":
-        raise RecordError(f"the last message is the {last['role']}'s; the label is about the assistant's last turn")
-    return sequences.single(before, last)
+        who = f"{data.messages_key}: the last message is the {last['role']}'s"
+        raise RecordError(f"{who}; the label is about the assistant's last turn")
+    return sequences.single(before, last, data.messages_key, prompt_key=data.messages_key)
 
 
 def desirable(fields: Fields, data: DataConfig) -> bool:
