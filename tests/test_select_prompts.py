@@ -20,9 +20,9 @@ def tool():
     return module
 
 
-def run(tool, tmp_path, monkeypatch, *options):
+def run(tool, tmp_path, monkeypatch, *options, rows=ROWS):
     rewards, out = tmp_path / "rewards.jsonl", tmp_path / "out.jsonl"
-    rewards.write_text("".join(json.dumps({"step": s, "id": i, "reward": r}) + "\n" for s, i, r in ROWS))
+    rewards.write_text("".join(json.dumps({"step": s, "id": i, "reward": r}) + "\n" for s, i, r in rows))
     monkeypatch.setattr(sys, "argv", ["select_prompts.py", str(rewards), str(out), *options])
     assert tool.main() == 0
     return {row["id"]: row["pass_rate"] for row in map(json.loads, out.read_text().splitlines())}
@@ -32,7 +32,13 @@ def test_pass_rates_are_means(tool, tmp_path, monkeypatch):
     assert run(tool, tmp_path, monkeypatch) == {"a": 0.5, "b": 0.0}
 
 
-def test_epochs_count_a_prompts_own_steps(tool, tmp_path, monkeypatch):
-    """b alone was there a third time, so that a has no score: its last epoch has no reward."""
-    # Means are 0 in every epoch, as of b alone, which follows them exactly: 1 - 0 / 3.
-    assert run(tool, tmp_path, monkeypatch, "--limr") == {"b": 1.0}
+def test_an_epoch_that_a_prompt_lacks_is_left_out_for_all(tool, tmp_path, monkeypatch):
+    """b was there a third time, a was not: two epochs, with means 0 and 1/2, and (1 - 0)^2 + (1 - 1/2)^2 = 5/4."""
+    deviation = (1 - 0.5) ** 2  # of both, in the second epoch
+    expected = 1 - deviation / 1.25
+    assert run(tool, tmp_path, monkeypatch, "--limr") == pytest.approx({"a": expected, "b": expected})
+
+
+def test_a_run_within_its_first_epoch_has_no_scores(tool, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=r"rewards.jsonl: no prompt was sampled in two steps, so that not one epoch"):
+        run(tool, tmp_path, monkeypatch, "--limr", rows=[(1, "a", 0.0), (1, "a", 1.0), (2, "b", 0.5)])

@@ -5,7 +5,8 @@
 OUT.jsonl has a line for each prompt, {"id", "pass_rate"}, for data.pass_rates of another run: its data.min_pass_rate
 and data.max_pass_rate choose by the mean reward, which has to be in [0, 1]. With --limr the number is LIMR's score in
 place of the pass rate (2502.11886): how well a prompt's rewards, epoch after epoch, follow those of all prompts;
-data.min_pass_rate=0.6 is the paper's choice. A score below 0 counts as 0. A prompt's k-th step is its epoch k.
+data.min_pass_rate=0.6 is the paper's choice. A score below 0 counts as 0. A prompt's k-th step is its epoch k, and an
+epoch that a prompt lacks, as where the run ended within it, is left out for all.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def main() -> int:
     rewards = by_epoch(args.rewards)
     if bad := [(prompt, reward) for _, prompt, reward in rewards if not 0 <= reward <= 1]:
         sys.exit(f"{args.rewards}: the reward {bad[0][1]} of {bad[0][0]} is outside [0, 1], so it is no pass rate")
-    numbers = limr(rewards) if args.limr else pass_rates(rewards)
+    numbers = limr(complete_epochs(rewards, args.rewards)) if args.limr else pass_rates(rewards)
     rows = [json.dumps({"id": prompt, "pass_rate": number}) + "\n" for prompt, number in numbers.items()]
     args.out.write_text("".join(rows), encoding="utf-8")
     print(f"{len(numbers)} prompts, {len(rewards)} samples: {args.out}")
@@ -55,6 +56,20 @@ def pass_rates(rewards: list[Sample]) -> dict[str, float]:
     for _, prompt, reward in rewards:
         of_prompt.setdefault(prompt, []).append(reward)
     return {prompt: sum(values) / len(values) for prompt, values in of_prompt.items()}
+
+
+def complete_epochs(rewards: list[Sample], path: Path) -> list[Sample]:
+    """The samples of the epochs that every prompt was in. That one is over shows when a prompt comes again."""
+    visits: dict[str, int] = {}
+    for epoch, prompt, _ in rewards:
+        visits[prompt] = max(visits.get(prompt, 0), epoch + 1)
+    if max(visits.values(), default=0) < 2:
+        sys.exit(
+            f"{path}: no prompt was sampled in two steps, so that not one epoch is complete; LIMR follows rewards "
+            "over epochs: let the run go on, with a larger run.max_num_epochs"
+        )
+    epochs = min(visits.values())
+    return [sample for sample in rewards if sample[0] < epochs]
 
 
 def limr(rewards: list[Sample]) -> dict[str, float]:

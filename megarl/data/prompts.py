@@ -77,8 +77,8 @@ def by_difficulty(prompts: Loaded[Prompt], data: DataConfig) -> Loaded[Prompt]:
 
 
 def prompt_tokenizer(data: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Callable[..., tuple[str, list[int]]]:
-    """A function from a prompt, and the field it is from (data.prompt_key), to its text and tokens; what no prompt could
-    satisfy is refused before any is read."""
+    """A function from a prompt, and the field it is from (data.prompt_key), to its text and tokens; what no prompt
+    could satisfy is refused before any is read."""
     check_adapter(data.adapter)
     chat.check_template(tokenizer, data.system_prompt, data.apply_chat_template)
     encode = prompt_encoder(data, tokenizer)

@@ -69,7 +69,8 @@ def labelled_sequence(fields: Fields, data: DataConfig, sequences: Sequences) ->
         prompt = fields.get("prompt", fields.get("messages"))
         if prompt is None:
             raise RecordError(f"{data.prompt_key}: is missing (data.prompt_key names it)")
-        return sequences.single(prompt, fields["response"])
+        prompt_key = data.prompt_key if "prompt" in fields else data.messages_key
+        return sequences.single(prompt, fields["response"], prompt_key=prompt_key)
     if "messages" not in fields:
         raise RecordError(
             f"{data.response_key}: is missing (data.response_key names it), and so is a conversation "
