@@ -60,7 +60,7 @@ def recipe(tmp_path_factory):
     (folder / "data.jsonl").write_text("")
     path = folder / "recipe.yaml"
     path.write_text(
-        "algorithm: sft\n"
+        "algorithm: grpo\n"
         "cluster: {device: cpu}\n"
         "model: {dtype: fp32}\n"
         f"data: {{path: {folder / 'data.jsonl'}, max_prompt_length: 32}}\n"

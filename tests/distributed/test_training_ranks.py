@@ -31,6 +31,8 @@ weight_sync: {{bucket_size_mb: 1, max_gen_kl_error: 1.0e-9}}
 """
 SFT = [
     "algorithm=sft",
+    "loss.kl_loss_coef=0",
+    "loss.truncated_importance_sampling_type=none",
     "data.val_path=null",
     "validation.max_val_samples=null",
     "optimizer.lr=1.0e-2",
