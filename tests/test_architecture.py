@@ -134,6 +134,36 @@ def test_every_config_field_has_a_sentence() -> None:
     assert not wrong, f"no sentence under {wrong}"
 
 
+def keys_of(file: str, name: str) -> list[str]:
+    """The keys of a dict that a module defines, without the libraries that importing it would bring."""
+    for node in ast.parse((ROOT / "megarl" / file).read_text()).body:
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == name and isinstance(node.value, ast.Dict):
+            return [ast.literal_eval(key) for key in node.value.keys if key is not None]
+    raise AssertionError(f"{file} defines no dict {name}")
+
+
+def test_readme_has_every_method() -> None:
+    """Every loop, loss, estimator and correction by name, and a link to every recipe of examples/methods."""
+    names = [
+        *keys_of("algorithms/__init__.py", "ALGORITHMS"),
+        *keys_of("algorithms/credit.py", "ESTIMATORS"),
+        *keys_of("losses/correction.py", "CORRECTIONS"),
+        *keys_of("losses/policy.py", "POLICY_LOSSES"),
+        *keys_of("losses/preference.py", "PAIR_LOSSES"),
+        "kto",
+        "bco",
+    ]
+    section = (ROOT / "README.md").read_text().partition("\n## Methods\n")[2].partition("\n## ")[0]
+    settings = set(re.findall(r"[\w-]+", " ".join(re.findall(r"`([^`]*)`", section))))
+    assert not [name for name in names if name not in settings]
+    links = [f"(examples/methods/{path.name})" for path in RECIPES if path.parent.name == "methods"]
+    assert len(links) > 40 and not [link for link in links if link not in section]
+    broken = [
+        path for path in re.findall(r"\]\(((?:megarl|examples|tools)[^)]*)\)", section) if not (ROOT / path).exists()
+    ]
+    assert not broken
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_recipe_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against the schema and its own arithmetic, with the recipe before it and the settings that its header says to

@@ -123,8 +123,8 @@ def print_row(name: str, ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
         within = all(d <= ABSOLUTE + RELATIVE * abs(y) for d, y in zip(differences, b, strict=True))
         agree &= len(a) == len(b) == STEPS and within
     first, last = theirs["loss"][0], theirs["loss"][-1]
-    mark = "" if agree else "  differs"
-    print(f"{name:24} {first:10.5f} {last:10.5f} {worst['loss']:10.1e} {worst['grad_norm']:10.1e}{mark}")
+    said = "; ".join(text for text in ("" if agree else "differs", METHODS[name].note) if text)
+    print(f"{name:24} {first:10.5f} {last:10.5f} {worst['loss']:10.1e} {worst['grad_norm']:10.1e}  {said}".rstrip())
     return agree
 
 

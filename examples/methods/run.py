@@ -1,6 +1,6 @@
 """Run any method on one CPU rank, and judge whether it moved what it is to move.
 
-    python examples/methods/run.py METHOD ... [--root runs/methods] [--prefs FOLDER] [KEY=VALUE ...]   (all: every method)
+    python examples/methods/run.py METHOD ... [--root runs/methods] [--prefs FOLDER] [KEY=VALUE ...]   (or: all)
 
 A method is a recipe of this folder, on the quickstart's sums. What it starts from is made once: problems, preference
 data, and a model that SFT has taught both to guess and to work sums out (the quickstart's, about a minute); for

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from megarl import advantages
 from megarl.algorithms.credit import give, step_of
 from megarl.algorithms.onpolicy import another_model, attach, mean_metrics, prepare
-from megarl.config import Config, OptimizerConfig
+from megarl.config import Config
 from megarl.data.reading import DataError
 from megarl.losses.policy import grpo
 from megarl.observe.run import Run
@@ -24,7 +24,7 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
     check_tokenizers(cfg)
     parts = prepare(cfg, run, mesh, reference=bool(cfg.loss.kl_loss_coef))
     with run.phase("load"):
-        teacher = another_model(cfg, mesh, cfg.teacher.path, OptimizerConfig(lr=0.0), updates=1)  # it never steps
+        teacher = another_model(cfg, mesh, cfg.teacher.path)  # without an optimizer
     loss = partial(grpo, cfg=cfg.loss)
     for step in parts.each_step():
         with run.phase("step"):

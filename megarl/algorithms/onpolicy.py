@@ -139,10 +139,13 @@ def number_of_steps(cfg: Config, num_prompts: int) -> tuple[int, int]:
     return steps, steps * cfg.train.ppo_epochs * -(-units // cfg.train.train_global_batch_size)
 
 
-def another_model(cfg: Config, mesh: Mesh, path: str | None, optimizer: OptimizerConfig, updates: int) -> Engine:
-    """A second policy-like model in the policy's layout, of any size, with an optimizer of its own."""
+def another_model(
+    cfg: Config, mesh: Mesh, path: str | None, optimizer: OptimizerConfig | None = None, updates: int | None = None
+) -> Engine:
+    """A second policy-like model in the policy's layout, of any size, with an optimizer of its own; without one it is
+    only asked for log-probabilities."""
     model = dataclasses.replace(cfg.model, path=path or cfg.model.path)
-    own = dataclasses.replace(cfg, model=model, optimizer=optimizer)
+    own = dataclasses.replace(cfg, model=model, optimizer=optimizer or cfg.optimizer)
     spec = read_spec(model.path)
     return Engine(own, mesh, spec, temperature=cfg.rollout.temperature, total_updates=updates)
 

@@ -58,12 +58,15 @@ class Engine:
     """A policy in training; or, of a spec with a scalar head, a critic or reward model, whose verb is `values` in place
     of `logps`: a loss then gets values [T], of the state before each response token."""
 
-    def __init__(self, cfg: Config, mesh: Mesh, spec: ModelSpec, *, temperature: float, total_updates: int) -> None:
+    def __init__(
+        self, cfg: Config, mesh: Mesh, spec: ModelSpec, *, temperature: float, total_updates: int | None
+    ) -> None:
         """Build the model from ``cfg.model.path`` with its optimizer.
 
         Args:
             temperature: what log-probabilities divide logits by: the temperature of sampling.
-            total_updates: optimizer updates of the whole run, which the learning rate decays over.
+            total_updates: optimizer updates of the whole run, which the learning rate decays over. None: it is never
+                updated, so that it has neither gradients nor an optimizer.
         """
         self.cfg = cfg
         self.mesh = mesh
@@ -76,6 +79,7 @@ class Engine:
             # This rank's layers: one model, or several that take turns in an interleaved pipeline.
             self.model: torch.nn.Module = parts[0] if len(parts) == 1 else torch.nn.ModuleList(parts)
             load_hf(self.model, spec, mesh, cfg.model.path)
+            self.model.requires_grad_(total_updates is not None)
             ddp = DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
                 use_distributed_optimizer=cfg.optimizer.use_distributed_optimizer,
@@ -90,9 +94,11 @@ class Engine:
             if cfg.optimizer.overlap_grad_reduce:
                 overlapped = [chunk.no_sync for chunk in self.chunks]
                 config.no_sync_func = overlapped[0] if len(overlapped) == 1 else overlapped
-            self.optimizer = build_optimizer(cfg, self.chunks, mesh.device)
-            self.scheduler = build_scheduler(cfg, self.optimizer, total_updates)
-        self.residency = Residency(cfg.offload, self.chunks, self.optimizer)
+            if total_updates is not None:
+                self.optimizer = build_optimizer(cfg, self.chunks, mesh.device)
+                self.scheduler = build_scheduler(cfg, self.optimizer, total_updates)
+        own = None if total_updates is None else self.optimizer
+        self.residency = Residency(cfg.offload, self.chunks, own)
         self.rounding = FP8Rounding(parts, cfg.fp8_cfg, spec.num_layers) if cfg.fp8_cfg.metrics else None
 
     # ---- verbs -------------------------------------------------------------------------------------------------------

@@ -38,7 +38,9 @@ class _Away:
 class Residency:
     """The memory of one engine, in three parts: ``params``, ``grads`` and ``optimizer``."""
 
-    def __init__(self, cfg: OffloadConfig, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+    def __init__(
+        self, cfg: OffloadConfig, chunks: list[DistributedDataParallel], optimizer: MegatronOptimizer | None
+    ) -> None:
         self._chunks, self._optimizer = chunks, optimizer
         self._leaves = {part: bool(vars(cfg)[part]) for part in PARTS}
         self._users = dict.fromkeys(PARTS, 0)
@@ -98,7 +100,7 @@ class Residency:
         tensors: dict[str, Callable[[], Iterable[Tensor]]] = {
             "params": lambda: _params(self._chunks),
             "grads": lambda: _grads(self._chunks),
-            "optimizer": lambda: state_tensors(self._optimizer),
+            "optimizer": lambda: [] if self._optimizer is None else state_tensors(self._optimizer),
         }
         found = {x.untyped_storage().data_ptr(): x.untyped_storage() for x in tensors[part]()}
         return [storage for at, storage in found.items() if at not in taken and storage.nbytes()]

@@ -86,7 +86,7 @@ def curve(ranks, recipes, loss, layout, more=()):
     name, settings = OTHERS.get(loss, plain)
     recipe = recipes[name]
     world, overrides = LAYOUTS[layout]
-    run = f"{loss}-{layout}".replace(" ", "")
+    run = f"{loss}-{layout}-{len(more)}".replace(" ", "")
     overrides = [f"run.name={run}", f"cluster.gpus_per_node={world}", *overrides, *settings, *more]
     outcomes = ranks.run(train_cases.train, world, recipe=str(recipe), overrides=overrides)
     assert outcomes == ["done"] * world
@@ -121,6 +121,16 @@ def test_same_curve_on_every_layout(ranks, recipes, loss, record_property):
 @pytest.mark.parametrize("loss", sorted({*PAIRED, "orpo"} - {"dpo", "simpo"}))
 def test_every_loss_on_two_replicas(ranks, recipes, loss, record_property):
     check(ranks, recipes, loss, ["DP2"], record_property)
+
+
+@pytest.mark.parametrize("what", ["reward_model", "longpo"])
+def test_two_steps_on_two_replicas(ranks, recipes, what):
+    """Loops and options whose whole curves are marked slow."""
+    steps = [curve(ranks, recipes, what, layout, ["run.max_num_steps=2"]) for layout in ("1 rank", "DP2")]
+    for alone, both in zip(*steps, strict=True):
+        for name in ("actor/loss", "actor/grad_norm"):
+            assert both[name] == pytest.approx(alone[name], rel=1e-4)
+    assert len(steps[0]) == 2 and steps[0][1]["actor/loss"] != steps[0][0]["actor/loss"]
 
 
 @pytest.mark.slow

@@ -126,12 +126,12 @@ def check(ranks, recipe, alone, name, layouts, record_property, more=(), steps=1
     """Every layout's curve is one rank's. The largest difference of a loss goes to pytest's --junitxml."""
     overrides = [*METHODS[name], *more, f"run.max_num_steps={steps}"]
     if (key := (name, *overrides)) not in alone:
-        alone[key] = curve(ranks, recipe, name, "1 rank", overrides)
+        alone[key] = curve(ranks, recipe, f"{name}-{steps}", "1 rank", overrides)
     truth = alone[key]
     assert len(truth) == steps
     assert all(math.isfinite(value) for step in truth for value in step.values())
     for layout in layouts:
-        run = curve(ranks, recipe, name, layout, overrides)
+        run = curve(ranks, recipe, f"{name}-{steps}", layout, overrides)
         losses = [(a["actor/loss"], b["actor/loss"]) for a, b in zip(run, truth, strict=True) if "actor/loss" in b]
         record_property(f"{name}, {layout}", f"{max(abs(a - b) for a, b in losses):.1e}")
         for step, expected in zip(run, truth, strict=True):
@@ -160,3 +160,34 @@ def test_ppo_with_a_larger_critic_on_two_replicas(ranks, recipe, alone, also, re
     steps = check(ranks, recipe, alone, "ppo", ["DP2"], record_property, also["ppo"], steps=4)
     assert "actor/loss" not in steps[1] and "actor/loss" in steps[2]
     assert steps[1]["critic/vf_loss"] < steps[0]["critic/vf_loss"]
+
+
+@pytest.mark.parametrize("name", ["remax", "prime", "online-dpo", "distillation"])
+def test_two_steps_on_two_replicas(ranks, recipe, alone, also, name, record_property):
+    check(ranks, recipe, alone, name, ["DP2"], record_property, also.get(name, []), steps=2)
+
+
+def test_dynamic_sampling_draws_until_it_has_enough(ranks, recipe, alone, record_property):
+    """The first eight prompts have a 7, at which the reward raises, so that the first draw gives no group at all."""
+    path = recipe.parent / "sevens.jsonl"
+    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in (7, 6, 5, 4, 3) for b in range(7)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [{"prompt": "7+7=", "answer": "14"}, *rows]))
+    raising = 'reward.functions=[{name: "tests.fixtures.digits:raises_on_seven"}]'
+    more = [f"data.path={path}", "data.shuffle=false", raising]
+    first, _ = check(ranks, recipe, alone, "dapo", ["DP2"], record_property, more, steps=2)
+    assert first["dynamic_sampling/num_gen_batches"] >= 2 and first["reward/errors"] == 8 * 4
+
+
+@pytest.mark.parametrize("name, calls", [("remax", [(1, 0.0), (4, 1.0)]), ("online-dpo", [(4, 1.0)])])
+def test_further_rollouts_are_the_same_engines(ranks, recipe, name, calls):
+    """Two steps, each with greedy responses and others in turn, or with the samples that pairs are made of."""
+    overrides = [*METHODS[name], "run.max_num_steps=2", f"run.name={name}-calls"]
+    found = ranks.run(train_cases.calls_of_engines, 1, recipe=str(recipe), overrides=overrides)
+    assert found == [(1, calls * 2)]
+
+
+def test_a_teacher_has_no_gradients_and_no_optimizer(ranks, recipe):
+    ((on_device, same),) = ranks.run(
+        train_cases.asked_only, 1, recipe=str(recipe), overrides=[], tokens=[3, 4, 5, 6, 1]
+    )
+    assert same and on_device["params"] > 0 and on_device["grads"] == on_device["optimizer"] == 0

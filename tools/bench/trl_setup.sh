@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the virtual environment that grpo_vs_trl.py runs TRL in; does nothing when it is there.
+# Makes the virtual environment that grpo_vs_trl.py and compare_trl.py run TRL in; does nothing when it is there.
 #
 #   bash tools/bench/trl_setup.sh
 #
@@ -15,6 +15,7 @@ python3 -m venv "$venv"
 index=()
 [ -z "${MEGARL_TORCH_INDEX:-}" ] || index=(--index-url "$MEGARL_TORCH_INDEX")
 # torch alone and first: the same release on both sides. No vLLM: TRL samples with transformers here.
-"$venv/bin/pip" install --quiet ${index[@]+"${index[@]}"} torch==2.13.0
-"$venv/bin/pip" install --quiet torch==2.13.0 trl
+mapfile -t pinned < <(python3 megarl/pins.py trl) # torch, then TRL
+"$venv/bin/pip" install --quiet ${index[@]+"${index[@]}"} "${pinned[0]}"
+"$venv/bin/pip" install --quiet "${pinned[@]}"
 touch "$venv/.complete"

@@ -90,7 +90,8 @@ def from_completions(cfg: Config, mesh: Mesh, folder: Path, updates: int) -> Cur
         attach("old_logps", policy, samples)
         scores = torch.tensor([reward for row in rows[at : at + per_step] for reward in row["rewards"]])
         groups = torch.arange(len(samples)) // GROUP
-        step = Step(cfg.advantage, scores, groups, samples, mesh, cfg.advantage.kl_coef)
+        cut = torch.zeros(len(samples), dtype=torch.bool)  # all end in EOS, or just before the limit
+        step = Step(cfg.advantage, scores, groups, cut, samples, mesh, cfg.advantage.kl_coef)
         give(step, ESTIMATORS[cfg.advantage.adv_estimator](step))
         for _ in range(updates):
             metrics = policy.step(samples, partial(grpo, cfg=cfg.loss), loss_agg_mode=cfg.loss.loss_agg_mode)

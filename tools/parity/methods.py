@@ -4,6 +4,10 @@ Needs nothing but the standard library: both sides import it, each in its own vi
 
 Equal on both sides: model, batches and their order, AdamW (lr 1e-3, constant, no decay), clipping at 1, fp32, no
 dropout. Where the two define a method differently the data or an option makes them the same; ``note`` says how.
+
+Three of TRL's trainers have no row. PPO puts the score behind EOS, where megarl's critic has no value. GKD minimises a
+divergence over the whole vocabulary, megarl's distillation a policy gradient on the sampled tokens. Online DPO samples
+inside its training step, and its loss is dpo's or ipo's on two of the samples, which have rows.
 """
 
 from __future__ import annotations
@@ -66,6 +70,13 @@ METHODS = {
         {"center_rewards_coefficient": 0.01},
     ),
     "dpo": dpo("dpo", loss_type=["sigmoid"]),
+    "reward model, margin": Method(
+        "scored",
+        "trl:RewardTrainer",
+        {"algorithm": "reward_model", "preference.margin_from_scores": True},
+        note="TRL's margin is the gap of the scores",
+    ),
+    "cdpo": dpo("dpo", "", {"preference.label_smoothing": 0.1}, loss_type=["sigmoid"], label_smoothing=0.1),
     "robust dpo": dpo("robust", "", {"preference.label_smoothing": 0.1}, loss_type=["robust"], label_smoothing=0.1),
     "ipo": dpo("ipo", "TRL's only form: means", {"preference.average_log_probs": True}, loss_type=["ipo"]),
     "hinge": dpo("hinge", loss_type=["hinge"]),
@@ -103,6 +114,13 @@ METHODS = {
         {"algorithm": "unpaired", "preference.loss": "kto", "preference.kto_undesirable_weight": 0.8},
         {"beta": 0.1, "undesirable_weight": 0.8},
         _KTO,
+    ),
+    "bco": Method(
+        "labels",
+        "trl.experimental.bco:BCOTrainer",
+        {"algorithm": "unpaired", "preference.loss": "bco", "preference.bco_shift": "examples"},
+        {"beta": 0.1},
+        "TRL's shift: the mean over all examples",
     ),
     "grpo": policy(
         "GRPOTrainer",
@@ -169,6 +187,7 @@ def make(folder: Path, seed: int = 0) -> None:
     sft = [{"prompt": prompt(), "response": number(0, 5)} for _ in range(rows)]
     pairs = [{"prompt": prompt(), "chosen": number(0, 3), "rejected": number(3, 5)} for _ in range(rows)]
     short = [{"prompt": number(0, 1), "chosen": number(2, 3), "rejected": number(3, 5)} for _ in range(rows)]
+    scored = [row | {"chosen_score": generator.randint(2, 4), "rejected_score": 1} for row in pairs]
     labels = [{"prompt": f"{i}=", "response": number(0, 5), "label": i % 3 > 0} for i in range(rows)]
     batches = [labels[at : at + BATCH] for at in range(0, rows, BATCH)]
     groups = [
@@ -176,7 +195,7 @@ def make(folder: Path, seed: int = 0) -> None:
         for i in range(rows // GROUP)
     ]
     reversed_labels = [row for batch in batches for row in reversed(batch)]
-    files = {"sft": sft, "pairs": pairs, "short": short, "labels": labels, "groups": groups}
+    files = {"sft": sft, "pairs": pairs, "short": short, "scored": scored, "labels": labels, "groups": groups}
     for name, made in (files | {"labels-reversed": reversed_labels}).items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
 

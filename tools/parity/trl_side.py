@@ -56,7 +56,7 @@ def run(folder: Path, method: Method) -> dict[str, list[float]]:
         dataset = Dataset.from_list([{"prompt": row["prompt"]} for row in rows])
     else:
         dataset = Dataset.from_list([renamed(row, method) for row in rows])
-    if name in ("DPOTrainer", "KTOTrainer"):
+    if name in ("DPOTrainer", "KTOTrainer", "BCOTrainer"):
         extra["ref_model"] = kind.from_pretrained(where, dtype=torch.float32)
     trainer = in_order(trainer_class, losses, rows if method.samples else None, name)(
         model=model,
@@ -102,7 +102,10 @@ def grouped(method: Method) -> dict[str, Any]:
 
 
 def renamed(row: dict[str, Any], method: Method) -> dict[str, Any]:
-    """TRL calls a response a completion."""
+    """TRL calls a response a completion, and has a margin in place of scores."""
+    row = dict(row)
+    if method.data == "scored":
+        row["margin"] = float(row.pop("chosen_score") - row.pop("rejected_score"))
     return {"completion" if key == "response" else key: value for key, value in row.items()}
 
 
