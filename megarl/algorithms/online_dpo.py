@@ -2,7 +2,7 @@
 prompt, or more, take the best and the worst by reward for a pair, and learn from it as from data.
 
 Rewards may lose something for length and for responses that reach the limit (``reward``); ``preference.ties`` says what
-becomes of pairs of equal rewards.
+becomes of pairs of equal rewards. bco_pair has no running shift here.
 """
 
 from __future__ import annotations

@@ -45,10 +45,16 @@ METHODS = {
     "cispo": ["loss.policy_loss=cispo", "loss.clip_ratio_high=0.5"],
     "dual-clip": ["loss.clip_ratio_c=3", "loss.entropy_coef=0.01"],
     "rloo": ["advantage.adv_estimator=rloo", "loss.policy_loss=sequence_clip", SEQUENCES, *IN_REWARD],
-    "reinforce": ["advantage.adv_estimator=reinforce", "loss.policy_loss=reinforce", "train.ppo_epochs=1"],
+    "reinforce": [
+        "advantage.adv_estimator=reinforce",
+        "advantage.truncated_in_baseline=false",
+        "loss.policy_loss=reinforce",
+        "train.ppo_epochs=1",
+    ],
     "reinforce++": ["advantage.adv_estimator=reinforce_plus_plus", *IN_REWARD],
     "reinforce++-baseline": [
         "advantage.adv_estimator=reinforce_plus_plus_baseline",
+        "advantage.whiten_with_bessel=false",
         "loss.kl_loss_coef=0.01",
         "loss.kl_type=k2",
     ],
@@ -59,7 +65,7 @@ METHODS = {
         "rollout.response_length_stages=[{first_step: 1, max_response_length: 3}, "
         "{first_step: 6, max_response_length: 6}]"
     ],
-    "remax": ["algorithm=remax"],
+    "remax": ["algorithm=remax", "advantage.max_difference=5"],
     "ppo": ["algorithm=ppo", "critic.optimizer.lr=1e-3", "critic.critic_warmup_steps=2", *IN_REWARD],
     "prime": [
         "algorithm=prime",
