@@ -63,8 +63,8 @@ def recipe(tmp_path_factory):
         "algorithm: grpo\n"
         "cluster: {device: cpu}\n"
         "model: {dtype: fp32}\n"
-        f"data: {{path: {folder / 'data.jsonl'}, max_prompt_length: 32}}\n"
-        "rollout: {max_response_length: 32}\n"
+        f"data: {{path: {folder / 'data.jsonl'}, max_prompt_length: 8}}\n"
+        "rollout: {max_response_length: 32, num_prompts_per_step: 1, num_generations_per_prompt: 4}\n"
         "train: {train_global_batch_size: 4}\n"
         "loss: {entropy_coef: 0.1}\n"  # so that the entropy has a gradient
         # The update must not amplify noise: Adam divides by sqrt(v), which eps 1 keeps away from 0.

@@ -35,6 +35,8 @@ SFT = [
     "loss.truncated_importance_sampling_type=none",
     "data.val_path=null",
     "validation.max_val_samples=null",
+    "loss.kl_loss_coef=0",
+    "loss.truncated_importance_sampling_type=none",
     "optimizer.lr=1.0e-2",
     "run.max_num_steps=4",
 ]
