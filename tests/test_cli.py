@@ -136,3 +136,10 @@ def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 0
     assert "0.250 → 0.750" in capsys.readouterr().out
     assert (tmp_path / "reward.png").stat().st_size > 1000
+
+
+def test_tools_convert_is_the_same_command():
+    tool = Path(__file__).parents[1] / "tools" / "convert.py"
+    for command in ("hf2mcore", "mcore2hf", "verify", "inspect"):
+        shown = subprocess.run([sys.executable, str(tool), command, "--help"], capture_output=True, text=True)
+        assert shown.returncode == 0 and f"megarl convert {command}" in shown.stdout, shown.stderr

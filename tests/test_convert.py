@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from megarl.cli import main
+from megarl.convert import progress
 from megarl.convert.manifest import entry, read_manifest
+from megarl.convert.progress import ProgressBar
 from megarl.convert.torch_dist_reader import TorchDistReader
 from megarl.weights.quantized import dequantize_fp8_block
 from tests.convert_cases import CARRIED, FAMILIES, assert_same, load_hf, make_hf, save_hf
@@ -49,6 +52,16 @@ def test_round_trip_with_other_names_and_keys(family: str, flavour: str, tmp_pat
     tensors = load_hf(tmp_path / "back")
     assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors.values())
     assert index["weight_map"].keys() == tensors.keys() and len(set(index["weight_map"].values())) > 2
+
+
+def test_no_file_stays_open(tmp_path: Path) -> None:
+    source = make_hf(tmp_path / "source", "qwen2")
+    there_and_back(source, tmp_path / "first")  # what is opened once, at an import, is open now
+    before = len(os.listdir("/proc/self/fd"))
+    there_and_back(source, tmp_path / "second", back=("--max-file-size", "2K"))
+    assert convert("verify", source, tmp_path / "second" / "megatron") == 0
+    assert len(list((tmp_path / "second" / "back").glob("*.safetensors"))) > 20
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_two_workers_write_the_same(tmp_path: Path) -> None:
@@ -211,6 +224,42 @@ def test_verify_finds_what_changed_since_it_was_written(tmp_path: Path, capsys: 
     assert convert("verify", tmp_path / "back") == 1
     line = capsys.readouterr().out.splitlines()[0]
     assert str(file) in line and "has other bytes than megarl_manifest.json says" in line
+
+
+def test_verify_counts_to_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hashing both sides' tensors by their manifests, then comparing those of the first; whatever differs."""
+    bars: list[ProgressBar] = []
+
+    class Kept(ProgressBar):
+        def __enter__(self) -> ProgressBar:
+            bars.append(self)
+            return super().__enter__()
+
+    source = make_hf(tmp_path / "source", "deepseek_v3")
+    there_and_back(source, tmp_path)
+    monkeypatch.setattr(progress, "ProgressBar", Kept)
+    back, megatron = tmp_path / "back", tmp_path / "megatron"
+    sizes = {path: sum(t.nbytes for t in load_hf(path).values()) for path in (source, back)}
+    vocab = 2 * 37 * 32 * 2  # the MTP layer's copies, which Megatron has not
+    padding = 2 * (48 - 37) * 32 * 2
+    for args, total in (
+        ((source, back), sizes[back] + sizes[source] - vocab),
+        ((back,), sizes[back]),
+        ((megatron, back), 3 * sizes[back] - 2 * vocab + padding),
+        (("--mtp", "drop", source, back), None),
+    ):
+        assert convert("verify", *args) == 0
+        assert bars[-1].done == bars[-1].total and total in (None, bars[-1].total), args
+    save_hf(source, load_hf(back) | {"model.norm.weight": torch.zeros(32)})
+    assert convert("verify", source, back) == 1
+    assert bars[-1].done == bars[-1].total
+
+
+def test_logits_need_two_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = make_hf(tmp_path / "source", "llama")
+    there_and_back(source, tmp_path)
+    assert convert("verify", "--logits", tmp_path / "back") == 2
+    assert "--logits compares two checkpoints" in capsys.readouterr().err
 
 
 def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from megarl.cli import main
+from megarl.convert.files import PROGRESS
 from megarl.convert.torch_dist_reader import TorchDistReader
 from tests.convert_cases import assert_same, load_hf, make_hf, save_hf
 
@@ -409,6 +410,26 @@ def interrupted_run(source: Path, partial: Path, done: int) -> None:
         file.write('{"unit": "torn')
     converter.close()
     staging.close()
+
+
+@pytest.mark.parametrize("direction", ["hf2mcore", "mcore2hf"])
+def test_killed_after_the_last_rename(direction: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All is done but the cleaning: the target is finished, and what it replaced does not disturb the next run."""
+    source = make_hf(tmp_path / "source", "qwen2")
+    start, target = source, tmp_path / "target"
+    if direction == "mcore2hf":
+        start = tmp_path / "megatron"
+        assert convert("hf2mcore", source, start) == 0
+    assert convert(direction, start, target) == 0
+    (target / PROGRESS).write_text("{}\n")
+    shutil.copytree(target, tmp_path / "target.replaced")
+    capsys.readouterr()
+    assert convert("inspect", "--json", target) == 0
+    assert json.loads(capsys.readouterr().out)["finished"] is True
+    assert convert("verify", source, target) == 0
+    assert convert(direction, start, target, "--overwrite") == 0
+    assert not (target / PROGRESS).exists() and not (tmp_path / "target.replaced").exists()
+    assert convert("verify", source, target) == 0
 
 
 def test_a_second_run_of_the_same_target_is_refused(

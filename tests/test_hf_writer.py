@@ -229,6 +229,29 @@ def test_an_existing_directory_stays_unless_it_is_to_be_replaced(tmp_path, sourc
     assert not (tmp_path / "out" / "mine").exists()
 
 
+def test_what_a_run_killed_while_replacing_left_is_removed(tmp_path, source):
+    """Killed between its last rename and the removal of the old directory, which is still there, files in it."""
+    for name in ("out", "out.replaced"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "old").touch()
+    directory = HFDirectory(tmp_path / "out", plan_files(TENSORS[:1]), overwrite=True)
+    directory.begin()
+    fill(directory, {"t0": torch.ones(10, 10)})
+    directory.finish(carry_from=source)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+    assert HFCheckpoint(tmp_path / "out").names() == {"t0"}
+
+
+def test_no_file_stays_open(tmp_path, source):
+    before = len(os.listdir("/proc/self/fd"))
+    directory = HFDirectory(tmp_path / "out", plan_files(TENSORS, max_file_bytes=400))
+    directory.begin()
+    fill(directory, {t.name: torch.zeros(t.shape) for t in TENSORS})
+    directory.finish(carry_from=source)
+    create_files(tmp_path / "out", directory.files, resume=True)
+    assert len(directory.files) == 5 and len(os.listdir("/proc/self/fd")) == before
+
+
 def test_a_directory_that_lacks_a_file_is_not_finished(tmp_path, source):
     directory = HFDirectory(tmp_path / "out", plan_files(TENSORS, max_file_bytes=900))
     directory.begin()

@@ -6,12 +6,16 @@ Exit codes: 0 done, 1 the work failed or checkpoints differ, 2 the command is wr
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megarl.convert.sources import Source
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9}
@@ -149,35 +153,49 @@ def mcore2hf(args: argparse.Namespace) -> int:
 
 
 def verify(args: argparse.Namespace) -> int:
-    from megarl.convert.progress import ProgressBar
+    from megarl.convert.files import TargetError
     from megarl.convert.sources import open_source, refuse
-    from megarl.convert.verify import check_manifest, compare, compare_logits, nbytes
+    from megarl.convert.verify import compare_logits
 
-    paths = [args.a] + ([args.b] if args.b else [])
-    sources = [open_source(path, args.config_from, keep_mtp=args.mtp == "keep") for path in paths]
-    for source in sources:
-        refuse(f"{source.path} is not whole:", source.problems())
-    if not args.b and sources[0].manifest is None:
-        print(f"megarl convert: {sources[0].path} has no manifest; give a second checkpoint", file=sys.stderr)
-        return 2
-    differences: list[str] = []
-    with ProgressBar("comparing", nbytes(sources[0]) * (2 if args.b else 1)) as bar:
-        moved = _counter(bar)
-        for source in sources:
-            if args.mtp == "keep":
-                differences += check_manifest(source)
-        if args.b:
-            differences += compare(*sources, dtype=_dtype(args.dtype), moved=moved)
+    if args.logits and not args.b:
+        raise TargetError("--logits compares two checkpoints; give a second one")
+    with contextlib.ExitStack() as opened:
+        sources = []
+        for path in (args.a, args.b) if args.b else (args.a,):
+            sources.append(open_source(path, args.config_from, keep_mtp=args.mtp == "keep"))
+            opened.callback(sources[-1].close)
+            refuse(f"{path} is not whole:", sources[-1].problems())
+        if not args.b and sources[0].manifest is None:
+            raise TargetError(f"{args.a} has no manifest; give a second checkpoint")
+        differences = _differences(sources, args)
     for line in differences:
         print(line)
-    if args.logits and args.b:
-        logits = compare_logits(args.a, args.b, args.first_layers, args.config_from)
+    if args.logits:
+        layers = min(args.first_layers, *(source.spec.num_layers for source in sources))
+        logits = compare_logits(args.a, args.b, layers, args.config_from)
         print(json.dumps(logits.__dict__))
         if not logits.equal:
             differences.append("logits")
     count = len(sources[0].spec.tensors())
     print(f"{len(differences)} differences" if differences else f"equal: {count} tensors, bit for bit")
     return 1 if differences else 0
+
+
+def _differences(sources: list[Source], args: argparse.Namespace) -> list[str]:
+    """Of each checkpoint to its manifest, and of the two. A manifest says nothing of a model with layers left out."""
+    from megarl.convert.progress import ProgressBar
+    from megarl.convert.verify import check_manifest, compare, nbytes
+
+    differences: list[str] = []
+    manifests = [source.manifest for source in sources if source.manifest and args.mtp == "keep"]
+    total = sum(manifest.nbytes for manifest in manifests) + (nbytes(sources[0]) if args.b else 0)
+    with ProgressBar("comparing", total) as bar:
+        moved = _counter(bar)
+        for source in sources if args.mtp == "keep" else ():
+            differences += check_manifest(source, moved)
+        if args.b:
+            differences += compare(*sources, dtype=_dtype(args.dtype), moved=moved)
+    return differences
 
 
 def inspect(args: argparse.Namespace) -> int:

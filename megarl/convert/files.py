@@ -1,4 +1,4 @@
-"""Files that are whole or absent: durable writes, one writer a folder, and a finished folder put in place.
+"""Folders that are whole or absent: one writer at a time, and a finished folder put in place.
 
 A checkpoint is written in ``<name>.incomplete`` beside its final place. `Staging` locks that folder, and renames it
 when everything in it is on the disk; until then nothing under the final name changes.
@@ -14,7 +14,7 @@ from multiprocessing import reduction
 from pathlib import Path
 from typing import Any
 
-from megarl.weights.hf_files import CheckpointError
+from megarl.weights.durable import put_in_place, unfinished
 
 PROGRESS = "megarl_progress.jsonl"  # what an interrupted run has finished; see `megarl.convert.work`
 
@@ -23,23 +23,6 @@ _LOCK_SECONDS = 10.0  # workers of a killed run, which may just be starting, are
 
 class TargetError(ValueError):
     """The target cannot be written: it exists, another run writes it, or the disk is too full. Nothing was done."""
-
-
-def write_durably(path: Path, text: str | bytes) -> None:
-    """Write a small file and wait until it is on the disk."""
-    with path.open("wb") as file:
-        file.write(text.encode() if isinstance(text, str) else text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Wait until the names in a folder are on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class FolderLock:
@@ -84,7 +67,7 @@ class Staging:
 
     def __init__(self, target: Path, *, resume: bool, overwrite: bool, ours: bool) -> None:
         self.target = target
-        self.folder = target.with_name(target.name + ".incomplete")
+        self.folder = unfinished(target)
         if target.exists() and not (target.is_dir() and not any(target.iterdir())):
             if not overwrite:
                 raise TargetError(f"{target}: exists; --overwrite replaces it")
@@ -119,17 +102,8 @@ class Staging:
 
     def publish(self) -> None:
         """Put the folder in its place: the last thing that happens, and one rename."""
-        sync_folder(self.folder)
-        replaced = self.target.with_name(self.target.name + ".replaced")
-        if self.target.exists():
-            if replaced.exists():
-                shutil.rmtree(replaced)
-            os.rename(self.target, replaced)
-        os.rename(self.folder, self.target)
+        put_in_place(self.folder, self.target)
         (self.target / PROGRESS).unlink()  # after the rename: a folder without it could not be resumed
-        sync_folder(self.target.parent)
-        if replaced.exists():
-            shutil.rmtree(replaced)
 
     def close(self) -> None:
         """Let another run have the folder; what is in it stays."""
@@ -139,11 +113,3 @@ class Staging:
 def inside(path: Path, folder: Path) -> bool:
     """Whether ``path`` is ``folder`` or lies in it."""
     return folder.resolve() in (path.resolve(), *path.resolve().parents)
-
-
-def read_text(path: Path) -> str:
-    """A small text file. Raises CheckpointError naming it where it is missing or no text."""
-    try:
-        return path.read_text()
-    except (OSError, UnicodeDecodeError) as reason:
-        raise CheckpointError(f"{path}: {reason}") from reason

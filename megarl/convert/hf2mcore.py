@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from megarl.convert import work
-from megarl.convert.files import Staging, TargetError, inside, sync_folder, write_durably
+from megarl.convert.files import Staging, TargetError, inside
 from megarl.convert.manifest import (
     MANIFEST,
     MEGATRON,
@@ -53,6 +53,7 @@ from megarl.convert.torch_dist_reader import TRACKER
 from megarl.convert.torch_dist_writer import ChunkFile, FileRecord, StoredTensor, TorchDistWriter, row_chunks
 from megarl.convert.work import Moved, Record, Unit, units
 from megarl.model.family import ModelSpec
+from megarl.weights.durable import sync, unfinished, write_durably
 from megarl.weights.hf_files import CheckpointError, carried_files, read_json
 from megarl.weights.rules import CanonTensor, Shard
 from megarl.weights.shard import VOCAB_MULTIPLE
@@ -95,7 +96,7 @@ class ToMegatron:
     def folder(self) -> Path:
         """Where the checkpoint itself is made: `TorchDistWriter` renames it within our own unfinished folder."""
         name = "release" if self.iteration is None else f"iter_{self.iteration:07d}"
-        return self.target.with_name(self.target.name + ".incomplete") / name
+        return unfinished(self.target) / name
 
     def padded(self, rows: int) -> int:
         return -(-rows // self.vocab_multiple) * self.vocab_multiple
@@ -187,7 +188,7 @@ def _carry(source: Source, folder: Path) -> None:
     if source.spec.mtp_num_layers != source.spec.mtp_in_checkpoint:
         config = read_json(folder / "config.json") | {"num_nextn_predict_layers": source.spec.mtp_num_layers}
         write_durably(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    sync_folder(folder)
+    sync(folder)
 
 
 class _Filler:
@@ -198,7 +199,7 @@ class _Filler:
         self.source = job.open_source()
         self.names = job.names(self.source.spec)
         self.number = {unit.name: k for k, unit in enumerate(units(self.source.spec))}
-        self.folder = job.folder.with_name(job.folder.name + ".incomplete")
+        self.folder = unfinished(job.folder)
 
     def fill(self, unit: Unit, moved: Moved) -> Callable[[], Record]:
         file = ChunkFile(self.folder, self.number[unit.name], about=sum(map(self._nbytes, unit.tensors)))

@@ -15,11 +15,13 @@ from megarl.convert.sources import HFSource, MegatronSource, open_source
 from megarl.convert.torch_dist_names import master_keys, model_keys
 from megarl.convert.torch_dist_reader import COMMON_OBJECT
 from megarl.model.family import ModelSpec
+from megarl.weights.durable import INCOMPLETE
 
 
 def describe_checkpoint(path: Path, config_from: Path | None = None) -> dict[str, Any]:
     """Facts by name, in the order to be shown. Raises CheckpointError where there is no readable checkpoint."""
-    if (path / PROGRESS).is_file():
+    # A run killed right after it gave its folder the final name leaves the record of what was done, but all is done.
+    if (path / PROGRESS).is_file() and path.name.endswith(INCOMPLETE):
         done = [json.loads(line)["unit"] for line in (path / PROGRESS).read_text().splitlines()[1:] if line[-1] == "}"]
         return {"path": str(path), "finished": False, "interrupted after": done}
     source = open_source(path, config_from)

@@ -19,8 +19,8 @@ import torch
 import xxhash
 
 from megarl import __version__
-from megarl.convert.files import write_durably
 from megarl.model.family import ModelSpec
+from megarl.weights.durable import write_durably
 from megarl.weights.hf_files import CheckpointError
 
 MANIFEST = "megarl_manifest.json"
@@ -36,6 +36,11 @@ class Entry:
     shape: tuple[int, ...]
     dtype: str
     xxh3_128: str
+
+    @property
+    def nbytes(self) -> int:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return math.prod(self.shape) * dtype.itemsize
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self) | {"shape": list(self.shape)}
@@ -56,6 +61,11 @@ class Manifest:
     options: dict[str, Any]
     tensors: dict[str, Entry]
     tool: str = field(default=f"megarl {__version__}")
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tensors."""
+        return sum(entry.nbytes for entry in self.tensors.values())
 
     def write(self, folder: Path) -> None:
         write_durably(folder / MANIFEST, json.dumps(dataclasses.asdict(self), indent=1) + "\n")

@@ -35,6 +35,7 @@ from megarl.convert.sources import (
 )
 from megarl.convert.work import Moved, Record, Unit, units
 from megarl.model.family import ModelSpec
+from megarl.weights.durable import unfinished
 from megarl.weights.hf_files import CheckpointError
 from megarl.weights.hf_writer import HFTensor, OpenFile, PlannedFile, as_fp8, create_files, plan_files, write_metadata
 from megarl.weights.quantized import BLOCK, SCALE_SUFFIX, is_quantised
@@ -190,7 +191,7 @@ class _Filler:
         self.job = job
         self.source = job.open_source()
         self.plan = _plan(job, self.source)
-        self.folder = job.target.with_name(job.target.name + ".incomplete")
+        self.folder = unfinished(job.target)
 
     def fill(self, unit: Unit, moved: Moved) -> Callable[[], Record]:
         files = _Files(self.plan, self.folder)

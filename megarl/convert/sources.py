@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megarl.convert.arguments import disagreements
 from megarl.convert.manifest import MANIFEST, Entry, Hash, Manifest, dtype_name, entry_in_file, raw_bytes, read_manifest
 from megarl.convert.torch_dist_names import StoredNames, detect, master_keys
 from megarl.convert.torch_dist_reader import TorchDistReader
@@ -186,15 +187,17 @@ class MegatronSource:
     lock: threading.Lock = field(default_factory=threading.Lock)  # hashes are checked while others read
 
     def problems(self) -> list[str]:
-        """Every tensor of the model is there in its shape, and nothing else is; with masters, every one has its own."""
+        """Every tensor of the model is there in its shape, and nothing else is; with masters, every one has its own;
+        and the checkpoint was trained as config.json says."""
         try:
             self.names.check(self.reader.keys(), self.reader.path)
         except CheckpointError as problem:
             return [str(problem)]
+        out = [f"{self.path}: {each}" for each in disagreements(self.reader.common(), self.spec)]
         if self.masters is None:
-            return []
+            return out
         keys = {place.key for t in self.spec.tensors() if not t.keep_fp32 for place in self.names.places(t)}
-        return [f"{self.path}: {key} has no fp32 master" for key in sorted(keys - self.masters.keys())]
+        return out + [f"{self.path}: {key} has no fp32 master" for key in sorted(keys - self.masters.keys())]
 
     def where(self, tensor: CanonTensor) -> str:
         return ", ".join(f"{place.key}{list(place.index) or ''}" for place in self.names.places(tensor))

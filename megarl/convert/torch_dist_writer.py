@@ -38,6 +38,7 @@ from torch.distributed.checkpoint.metadata import (
 from megarl.convert.torch_dist_chunk import ALIGNMENT, Frame, frame
 from megarl.convert.torch_dist_reader import COMMON_OBJECT, TRACKER
 from megarl.convert.torch_dist_tiling import Box, fault_in_tiling
+from megarl.weights.durable import sync, unfinished, write_durably
 from megarl.weights.hf_files import CheckpointError
 from megarl.weights.hf_writer import WRITTEN_AT_ONCE
 
@@ -188,7 +189,7 @@ class TorchDistWriter:
         overwrite: bool = False,
     ) -> None:
         self.path = Path(path)
-        self.folder = self.path.with_name(self.path.name + ".incomplete")
+        self.folder = unfinished(self.path)
         self.tensors = {tensor.key: tensor for tensor in tensors}
         self.extra_states = list(extra_states)
         self._overwrite = overwrite
@@ -222,14 +223,14 @@ class TorchDistWriter:
             objects[COMMON_OBJECT] = common
         spans = self._write_objects(objects, files)
         torch.save(common, self.folder / "common.pt")
-        _write_synced(self.folder / ".metadata", pickle.dumps(self._metadata(files, spans)))
-        _sync(self.folder / "common.pt")
+        write_durably(self.folder / ".metadata", pickle.dumps(self._metadata(files, spans)))
+        sync(self.folder / "common.pt")
         self._remove_strangers(files, spans)
-        _sync(self.folder)
+        sync(self.folder)
         said = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
         said |= {"common_backend": "torch", "common_backend_version": 1}
-        _write_synced(self.folder / "metadata.json", json.dumps(said).encode())
-        _sync(self.folder)
+        write_durably(self.folder / "metadata.json", json.dumps(said).encode())
+        sync(self.folder)
         self._give_name()
         return self.path
 
@@ -275,7 +276,7 @@ class TorchDistWriter:
             spans[key] = _StorageInfo(name, len(data), len(saved.getvalue()))
             nothing = spans[key] if value is None else nothing
             data += saved.getvalue()
-        _write_synced(self.folder / name, bytes(data))
+        write_durably(self.folder / name, bytes(data))
         return spans
 
     def _metadata(self, files: list[FileRecord], objects: dict[str, _StorageInfo]) -> Metadata:
@@ -308,27 +309,11 @@ class TorchDistWriter:
             (self.path / "metadata.json").unlink(missing_ok=True)  # from here on the old one is not finished either
             shutil.rmtree(self.path)
         os.rename(self.folder, self.path)
-        _sync(self.path.parent)
+        sync(self.path.parent)
         iteration = self.path.name.removeprefix("iter_")
         said = str(int(iteration)) if iteration.isdecimal() else iteration
         if said.isdecimal() or said == "release":
             tracker = self.path.parent / TRACKER
-            _write_synced(tracker.with_name(TRACKER + ".incomplete"), said.encode())
-            os.rename(tracker.with_name(TRACKER + ".incomplete"), tracker)
-            _sync(self.path.parent)
-
-
-def _write_synced(path: Path, data: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    """Put a file, or the names in a folder, on disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            write_durably(unfinished(tracker), said.encode())
+            os.rename(unfinished(tracker), tracker)
+            sync(self.path.parent)

@@ -27,14 +27,14 @@ _MAY_DIFFER = ("mtp_num_layers", "mtp_in_checkpoint")
 
 
 def nbytes(source: Source) -> int:
-    """Size of all tensors as they are compared."""
+    """Size of all tensors as `compare` counts them."""
     return sum(math.prod(tensor.shape) * source.dtype(tensor).itemsize for tensor in source.spec.tensors())
 
 
 def compare(a: Source, b: Source, dtype: torch.dtype | None = None, moved: Moved = lambda _: None) -> list[str]:
     """Every difference between two checkpoints, a line each; none where they are the same model bit for bit.
 
-    With ``dtype`` both sides are cast to it first. ``moved`` is told how many bytes of ``a`` have been compared.
+    With ``dtype`` both sides are cast to it first. ``moved`` is told how many bytes of ``a`` are done.
     """
     ours, theirs = describe(a.spec), describe(b.spec)
     out = [
@@ -47,11 +47,9 @@ def compare(a: Source, b: Source, dtype: torch.dtype | None = None, moved: Moved
     for names, present, absent in ((left.keys() - right.keys(), a, b), (right.keys() - left.keys(), b, a)):
         out += [f"{name}: only in {present.path}, not in {absent.path}" for name in sorted(names)]
     for name, tensor in left.items():
-        if name in right:
-            difference = _differs(a, b, tensor, right[name], dtype)
-            moved(math.prod(tensor.shape) * a.dtype(tensor).itemsize)
-            if difference:
-                out.append(f"{name}: {difference} ({a.path}: {a.where(tensor)}; {b.path}: {b.where(right[name])})")
+        if name in right and (difference := _differs(a, b, tensor, right[name], dtype)):
+            out.append(f"{name}: {difference} ({a.path}: {a.where(tensor)}; {b.path}: {b.where(right[name])})")
+        moved(math.prod(tensor.shape) * a.dtype(tensor).itemsize)
     return out
 
 
@@ -76,17 +74,20 @@ def _differs(a: Source, b: Source, tensor: CanonTensor, other: CanonTensor, dtyp
 
 
 def check_manifest(source: Source, moved: Moved = lambda _: None) -> list[str]:
-    """Everything in which a checkpoint is not what its manifest says; none also where it has no manifest."""
+    """Everything in which a checkpoint is not what its manifest says; none also where it has no manifest. ``moved`` is
+    told how many bytes of the manifest's tensors are done."""
     if source.manifest is None:
         return []
     present = set(source.all_stored_names())
     said = source.manifest.tensors
-    out = [f"{source.path / MANIFEST}: {name} is not in the checkpoint" for name in sorted(said.keys() - present)]
-    for name in sorted(present):
-        if problem := damage(source, source.manifest, name):
+    out = []
+    for name in sorted(said.keys() | present):
+        if name not in present:
+            out.append(f"{source.path / MANIFEST}: {name} is not in the checkpoint")
+        elif problem := damage(source, source.manifest, name):
             out.append(problem)
         if name in said:
-            moved(math.prod(said[name].shape) * getattr(torch, said[name].dtype).itemsize)
+            moved(said[name].nbytes)
     return out
 
 

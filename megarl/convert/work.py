@@ -25,9 +25,11 @@ from typing import Any, Protocol
 
 import torch
 
-from megarl.convert.files import PROGRESS, FolderLock, Staging, TargetError, sync_folder
+from megarl.convert.files import PROGRESS, FolderLock, Staging, TargetError
+from megarl.convert.manifest import entry_from
 from megarl.convert.progress import ProgressBar
 from megarl.model.family import ModelSpec
+from megarl.weights.durable import sync
 from megarl.weights.hf_files import CheckpointError
 from megarl.weights.rules import CanonTensor
 
@@ -97,7 +99,7 @@ class ProgressFile:
         partial = self.path.with_suffix(".new")
         partial.write_text("".join(json.dumps(line) + "\n" for line in (self.identity, *self.records.values())))
         os.replace(partial, self.path)
-        sync_folder(self.path.parent)
+        sync(self.path.parent)
 
     def add(self, record: Record) -> None:
         self.records[record["unit"]] = record
@@ -154,7 +156,7 @@ def _convert(
         waiting: Future[Record] | None = None
         for unit, record in todo:
             if record and converter.intact(unit, record):
-                moved(sum(tensor_bytes(entry) for entry in record["tensors"].values()))
+                moved(sum(entry_from(entry).nbytes for entry in record["tensors"].values()))
                 yield record, False
                 continue
             settle = converter.fill(unit, moved)
@@ -163,12 +165,6 @@ def _convert(
             waiting = settling.submit(settle)
         if waiting:
             yield waiting.result(), True
-
-
-def tensor_bytes(entry: dict[str, Any]) -> int:
-    """Size of a tensor as a record describes it."""
-    dtype: torch.dtype = getattr(torch, entry["dtype"])
-    return torch.Size(entry["shape"]).numel() * dtype.itemsize
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 
+from megarl.weights.durable import put_in_place, sync, unfinished
 from megarl.weights.hf_files import DTYPES, INDEX, SINGLE, CheckpointError, carried_files, read_json
 from megarl.weights.quantized import (
     BLOCK,
@@ -109,6 +110,10 @@ class PlannedFile:
 
     def open(self, folder: str | Path) -> OpenFile:
         """Open the file that `create` made, here or in another process. Raises CheckpointError if it is another."""
+        return OpenFile(self, self.check(folder))
+
+    def check(self, folder: str | Path) -> Path:
+        """Where `create` made the file. Raises CheckpointError if it is another, or not there."""
         path = Path(folder) / self.name
         try:
             with path.open("rb") as file:
@@ -117,7 +122,7 @@ class PlannedFile:
             raise CheckpointError(f"{path}: the file to be filled is not there") from reason
         if header != self.header or size != self.nbytes:
             raise CheckpointError(f"{path}: not the file that was planned; remove it and begin again")
-        return OpenFile(self, path)
+        return path
 
 
 class OpenFile:
@@ -196,11 +201,15 @@ class OpenFile:
 
     def finish(self) -> None:
         """`sync`, and let go of the file."""
-        self._mapped = None
         try:
             self.sync()
         finally:
-            os.close(self._descriptor)
+            self.close()
+
+    def close(self) -> None:
+        """Let go of the file, which may not be on the disk yet."""
+        self._mapped = None
+        os.close(self._descriptor)
 
 
 def plan_files(tensors: Iterable[HFTensor], max_file_bytes: int = 5 << 30) -> list[PlannedFile]:
@@ -251,9 +260,9 @@ def create_files(folder: Path, files: list[PlannedFile], resume: bool = False) -
             raise CheckpointError(f"{path}: left by a run with another plan; remove it and begin again")
     for file in files:
         if (folder / file.name).exists():
-            file.open(folder)
+            file.check(folder)
         else:
-            file.create(folder)
+            file.create(folder).close()
 
 
 def write_metadata(
@@ -267,7 +276,7 @@ def write_metadata(
     """
     tensors = [tensor for file in files for tensor in file.tensors]
     for file in files:
-        file.open(folder)
+        file.check(folder)
     if len(files) > 1:
         weight_map = {tensor.name: file.name for file in files for tensor in file.tensors}
         total = sum(tensor.nbytes for tensor in tensors)
@@ -280,7 +289,7 @@ def write_metadata(
     removed = {key for key, value in changes.items() if value is None}
     _write_json(folder / "config.json", {key: value for key, value in config.items() if key not in removed})
     for path in [*folder.iterdir(), folder]:
-        _sync(path)
+        sync(path)
 
 
 def _described(config: dict[str, Any], tensors: list[HFTensor]) -> dict[str, Any]:
@@ -307,7 +316,7 @@ class HFDirectory:
         self.path = Path(path)
         self.files = files
         self.overwrite = overwrite
-        self.partial = self.path.with_name(self.path.name + ".incomplete")
+        self.partial = unfinished(self.path)
         self._check_target()
 
     def _check_target(self) -> None:
@@ -325,22 +334,8 @@ class HFDirectory:
         """`write_metadata`, then give the directory its name. Every file must have been filled and finished."""
         self._check_target()
         write_metadata(self.partial, self.files, carry_from, config_changes)
-        replaced = self.path.with_name(self.path.name + ".replaced")
-        if self.path.exists():
-            os.rename(self.path, replaced)
-        os.rename(self.partial, self.path)
-        _sync(self.path.parent)
-        if replaced.exists():
-            shutil.rmtree(replaced)
+        put_in_place(self.partial, self.path)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
