@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the work failed, 2 the command or the config is wrong (not
 import argparse
 import os
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -50,6 +51,11 @@ def _parser() -> argparse.ArgumentParser:
     config_parser.add_argument(
         "--elsewhere", action="store_true", help="leave out what needs this machine: model and data files, CUDA"
     )
+    serve_parser = add("serve", serve, "start vLLM servers for a recipe with rollout.mode=remote, and keep them alive")
+    serve_parser.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
+    serve_parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=OVERRIDE_HELP)
+    serve_parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this machine alone)")
+    serve_parser.add_argument("--first-gpu", type=int, default=0, help="first of the GPUs to use (default 0)")
     _add_submit(add("submit", submit, "check a recipe, and queue it as a Slurm job that goes on until it is done"))
     resume_parser = add("verify-resume", verify_resume, "prove that a recipe, with a tiny model, resumes bit for bit")
     resume_parser.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
@@ -92,12 +98,48 @@ def train(args: argparse.Namespace) -> int:
     # Replacing this process leaves no signal and no exit code to be passed on.
     command = [sys.executable, *(ranks if launched else torchrun_arguments(cfg, ranks))]
     if not launched:
+        _serve_beside(cfg, args)
         # It also keeps the process id: a rank with another parent knows that torchrun died before it could ask.
         os.environ["MEGARL_LAUNCHER"] = str(os.getpid())
         os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", SIGNALS)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, command)
+
+
+def _serve_beside(cfg: "Config", args: argparse.Namespace) -> None:
+    """Start `megarl serve` for a run on one machine that wants servers, as a child of what becomes torchrun."""
+    from megarl.config.remote import engines_beside
+
+    if not engines_beside(cfg):
+        return
+    folder = Path(cfg.run.root) / cfg.run.name / "engines"
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "megarl", "serve", args.recipe, *args.overrides]
+    command.append(f"--first-gpu={cfg.cluster.gpus_per_node}")
+    with (folder / "serve.log").open("ab") as log:
+        # A session of its own: Ctrl-C is for the ranks, which need engines to the end of their step.
+        subprocess.Popen(
+            command,
+            env=os.environ | {"MEGARL_LAUNCHER": str(os.getpid())},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Keep a recipe's servers alive until told to stop."""
+    cfg = _load(args)
+    if cfg is None:
+        return 2
+    if cfg.rollout.mode != "remote":
+        print("megarl serve: the recipe has rollout.mode=colocated, whose engines are in the trainer", file=sys.stderr)
+        return 2
+    from megarl.rollout.serve import serve as keep
+
+    return keep(cfg, host=args.host, first_gpu=args.first_gpu)
 
 
 def _add_submit(parser: argparse.ArgumentParser) -> None:

@@ -19,6 +19,7 @@ TRL = "trl==1.16.0"  # the peer of tools/compare_trl.py and tools/bench, in an e
 REQUIREMENTS = [
     TORCH,
     MEGATRON_CORE,
+    "aiohttp>=3.11",  # as vLLM asks for it
     "transformers>=5.16.1,<5.20",
     "aiohttp>=3.12",  # rewards that ask a service
     "datasets>=4.0",

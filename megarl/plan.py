@@ -179,12 +179,12 @@ def rows_of(found: Plan, cfg: Config, gpu_gb: float) -> list[tuple[str, str]]:
     rows += [("contexts and buffers", f"{RESIDUE / GB:.1f}"), ("training, at its peak", f"{found.training / GB:.1f}")]
     if cfg.algorithm in ON_POLICY:
         share = cfg.rollout.gpu_memory_utilization * gpu_gb
-        rows += [
-            ("vLLM's share while it generates", f"{share:.1f}"),
-            ("of it weights", f"{found.rollout_weights / GB:.1f}"),
-            ("the trainer beside it", f"{found.beside_rollout / GB:.1f}"),
-            ("rollout, in all", f"{share + found.beside_rollout / GB:.1f}"),
-        ]
+        remote = cfg.rollout.mode == "remote"
+        rows.append(("a server's share of a GPU" if remote else "vLLM's share while it generates", f"{share:.1f}"))
+        rows.append(("of it weights", f"{found.rollout_weights / GB:.1f}"))
+        if not remote:
+            rows.append(("the trainer beside it", f"{found.beside_rollout / GB:.1f}"))
+            rows.append(("rollout, in all", f"{share + found.beside_rollout / GB:.1f}"))
     return rows
 
 
@@ -195,7 +195,7 @@ def too_much(found: Plan, cfg: Config, gpu_gb: float) -> list[str]:
         out.append(f"training takes {found.training / GB:.1f} GB of {gpu_gb:.0f}")
     if cfg.algorithm in ON_POLICY:
         share = cfg.rollout.gpu_memory_utilization * gpu_gb
-        if share + found.beside_rollout / GB > gpu_gb:
+        if cfg.rollout.mode == "colocated" and share + found.beside_rollout / GB > gpu_gb:
             out.append(f"vLLM's {share:.1f} GB and the trainer's {found.beside_rollout / GB:.1f} are over {gpu_gb:.0f}")
         if found.rollout_weights > 0.8 * share * GB:
             out.append(f"vLLM's weights, {found.rollout_weights / GB:.1f} GB, leave no room in its {share:.1f} GB")

@@ -10,7 +10,7 @@ from megarl.cli import main
 from megarl.config import Config, load
 from megarl.config.machine import check_model
 from megarl.model.family import ModelSpec, read_spec
-from megarl.plan import layer_activations, plan, too_much, total_parameters
+from megarl.plan import layer_activations, plan, rows_of, too_much, total_parameters
 from tests.fixtures.published_models import PUBLISHED
 from tests.test_config import no_launcher, overrides
 
@@ -112,3 +112,13 @@ def test_what_does_not_fit_is_said(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["plan", recipe, path, "--gpu-gb", "40"]) == 1
     assert "does not fit: training takes" in capsys.readouterr().err
     assert main(["plan", recipe, path, "parallel.tensor_model_parallel_size=5", "cluster.gpus_per_node=5"]) == 2
+
+
+def test_servers_elsewhere_take_nothing_of_the_ranks_gpus(tmp_path: Path) -> None:
+    """0.95 x 80 = 76 GB for vLLM leave 4 for what the trainer keeps beside it, which is more."""
+    share = {"rollout__gpu_memory_utilization": 0.95}
+    cfg, spec = planned(tmp_path, "llama3.1_8b_fp8_grpo", **share)
+    assert any("and the trainer's" in reason for reason in too_much(plan(cfg, spec), cfg, gpu_gb=80))
+    cfg, spec = planned(tmp_path, "llama3.1_8b_fp8_grpo", **share, rollout__mode="remote")
+    assert too_much(plan(cfg, spec), cfg, gpu_gb=80) == []
+    assert "a server's share of a GPU" in dict(rows_of(plan(cfg, spec), cfg, gpu_gb=80))

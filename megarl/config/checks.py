@@ -12,6 +12,7 @@ from megarl.config.algorithm import ON_POLICY, PAIRED
 from megarl.config.fp8 import check_fp8_values
 from megarl.config.machine import check_machine
 from megarl.config.memory import check_memory
+from megarl.config.remote import check_remote
 from megarl.config.sizes import (
     CP,
     EP,
@@ -49,7 +50,8 @@ def check(cfg: "Config", launched: int | None, refused: set[str], *, this_machin
     own = [*check_values(cfg), *check_acting(cfg), *check_unread(cfg), *check_memory(cfg), *check_fp8_values(cfg)]
     others = [*own, *_launch(cfg, launched), *_layout(cfg)]
     if cfg.algorithm in ON_POLICY:
-        others += [*_engines(cfg), *_grpo(cfg), *_lengths(cfg)]
+        engines = _engines(cfg) if cfg.rollout.mode == "colocated" else ()
+        others += [*engines, *_grpo(cfg), *_lengths(cfg), *check_remote(cfg)]
     else:
         others += _examples(cfg)
     if this_machine:

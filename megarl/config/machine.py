@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from megarl.config.algorithm import ON_POLICY
 from megarl.config.fp8 import check_fp8_machine, check_fp8_model, this_machine
 from megarl.config.memory import ENGINE_ONLY, check_recompute
+from megarl.config.remote import engines_beside
 from megarl.config.sizes import (
     EP,
     ETP,
@@ -239,8 +240,10 @@ def count_gpus(device: str) -> int:
 
 
 def check_gpus(cfg: "Config", found: int) -> Problems:
-    """Every rank of this machine has a GPU of its own; `auto` without any GPU is a CPU run."""
+    """Every rank of this machine has a GPU of its own, and so has every server beside them; `auto` without any GPU is a
+    CPU run."""
     device, ranks = cfg.cluster.device, cfg.cluster.gpus_per_node
+    beside = engines_beside(cfg) * cfg.rollout.tensor_parallel_size
     if device == "cuda" and found == 0:
         text = "cluster.device = cuda, but torch finds no CUDA device (`megarl doctor` says more)"
         yield Problem(text, ("cluster.device",))
@@ -249,4 +252,10 @@ def check_gpus(cfg: "Config", found: int) -> Problems:
             f"cluster.gpus_per_node = {ranks} ranks need a GPU each, but torch finds {found} on this machine: "
             "take fewer ranks, or cluster.device=cpu",
             ("cluster.device", "cluster.gpus_per_node"),
+        )
+    elif device != "cpu" and 0 < found < ranks + beside:
+        yield Problem(
+            f"cluster.gpus_per_node = {ranks} ranks and rollout.num_engines {engines_beside(cfg)} x {ROLLOUT_TP} "
+            f"{cfg.rollout.tensor_parallel_size} = {beside} need a GPU each, but torch finds {found} on this machine",
+            ("cluster.device", "cluster.gpus_per_node", "rollout.num_engines", ROLLOUT_TP),
         )

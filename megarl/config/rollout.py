@@ -62,6 +62,22 @@ class RolloutConfig:
     """Let vLLM quantise the weights, at its start and at every push; null leaves them as they are."""
     router_replay: bool = False
     """Let vLLM report with every response the experts that each of its tokens was sent to."""
+    mode: Literal["colocated", "remote"] = "colocated"
+    """Where engines are: in the trainer's processes, in turns with training, or servers of their own (megarl serve)."""
+    max_staleness: int = 0
+    """Updates by which the weights that sample a token may be behind those that train on it; remote only."""
+    on_update: Literal["recompute", "keep_kv", "wait"] = "recompute"
+    """Requests that new weights meet: go on after computing their cache anew, go on with the old one, or end first."""
+    num_engines: int = 1
+    """Servers that `megarl serve` starts on its machine; `megarl train` on one machine starts as many beside itself."""
+    num_nodes: int = 0
+    """Machines of a job that are for servers only, besides cluster.num_nodes; 0: `megarl train` has them beside it."""
+    min_engines: int = 1
+    """Servers that a push of weights needs, and waits for; those that come later join at a later push."""
+    engine_timeout_s: float = 600.0
+    """Seconds without so many servers after which the run ends."""
+    max_concurrent: int | None = None
+    """Most conversations that a replica of the policy has at a time; null: all that max_staleness allows to begin."""
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,19 @@ _PAIRS_OR_LABELS = _algorithm("preference", "unpaired", "online_dpo")
 
 READ_WITH: dict[str, tuple[Alternative, ...]] = {
     "train.ppo_epochs": _algorithm(*ON_POLICY),
+    **dict.fromkeys(
+        (
+            "rollout.max_staleness",
+            "rollout.on_update",
+            "rollout.num_engines",
+            "rollout.num_nodes",
+            "rollout.min_engines",
+            "rollout.engine_timeout_s",
+            "rollout.max_concurrent",
+        ),
+        ({"rollout.mode": ("remote",)},),
+    ),
+    "rollout.mode": _algorithm(*ON_POLICY),
     "rollout.dynamic_sampling": _algorithm("grpo", "ppo", "prime", "online_dpo", "distillation"),
     "reward.overlong_filtering": _algorithm(*_POLICY),
     "reward.overlong_buffer_len": _algorithm(*_SCORED),

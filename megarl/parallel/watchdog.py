@@ -229,13 +229,19 @@ def _is_collective(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in text for word in ("gloo", "nccl", "connection", "timed out"))
 
 
-def die_with_parent() -> None:
+def signal_at_parents_death(number: int) -> None:
+    """Let the kernel send this process a signal when the one that started it dies. Linux only."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, number)
+
+
+def die_with_parent(number: int = signal.SIGKILL) -> None:
     """Let the kernel end this process when the launcher that started it dies: no orphans, not even after kill -9.
     Linux only."""
+    signal_at_parents_death(number)
     if sys.platform != "linux":
         return
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
     launcher = os.environ.get("MEGARL_LAUNCHER")  # its process id, where `megarl train` became torchrun
     if launcher and int(launcher) != os.getppid():
         print("the launcher died while this rank was starting", file=sys.stderr)

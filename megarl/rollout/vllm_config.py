@@ -6,14 +6,26 @@ embedding is YaRN's.
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from megarl.model.family import ModelSpec
 
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
+
+
+def option(name: str, value: Any) -> list[str]:
+    """An argument of ``EngineArgs`` as a server's command line has it."""
+    if value is None or value is False:
+        return []
+    flag = "--" + name.replace("_", "-")
+    if value is True:
+        return [flag]
+    return [flag, json.dumps(value) if isinstance(value, dict) else str(value)]
+
 
 def model_arguments(spec: ModelSpec, *, on_cpu: bool) -> dict[str, Any]:
-    """Arguments of vLLM's ``EngineArgs`` for this model; a server takes them as ``--hf-overrides JSON`` and
-    ``--compilation-config JSON``."""
+    """Arguments of vLLM's ``EngineArgs`` for this model."""
     if spec.mla is None:
         return {}
     arguments: dict[str, Any] = {"hf_overrides": _router(spec)} if spec.moe else {}

@@ -32,7 +32,7 @@ from megarl.model.family import ModelSpec, read_spec
 from megarl.rollout import vllm_model
 from megarl.rollout.conversation import Completion, Sampling
 from megarl.rollout.router_replay import Recorder, compact, replay_arguments
-from megarl.rollout.vllm_config import missing_cpu_kernel, missing_cpu_quantization, model_arguments
+from megarl.rollout.vllm_config import DTYPES, missing_cpu_kernel, missing_cpu_quantization, model_arguments
 from megarl.rollout.vllm_process import SharedProcess, leave_process_groups, set_environment
 
 if TYPE_CHECKING:
@@ -40,8 +40,6 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import EngineArgs
 
     from megarl.config import RolloutConfig
-
-_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 class RolloutError(RuntimeError):
@@ -126,7 +124,7 @@ class VLLMEngine:
         arguments |= {
             "model": model_path,
             "skip_tokenizer_init": True,  # token in, token out; also saves start-up time
-            "dtype": _DTYPES[dtype],
+            "dtype": DTYPES[dtype],
             "quantization": rollout.quantization,  # online: it does not look at how the checkpoint is stored
             "tensor_parallel_size": rollout.tensor_parallel_size,
             "max_num_seqs": rollout.max_num_seqs,

@@ -1,0 +1,133 @@
+"""`megarl serve`: a server that dies is started anew, none outlives whoever started it, and strangers are refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megarl.cli import main
+from megarl.config import load
+from megarl.rollout.auth import TOKEN, RequireToken, token_of
+from megarl.rollout.serve import arguments, discover, environment
+from tests.distributed.tiny_models import qwen2
+
+RECIPE = """
+cluster: {{device: cpu}}
+run: {{name: served, root: {folder}}}
+model: {{path: {model}, dtype: fp32}}
+data: {{path: {folder}/data.jsonl, max_prompt_length: 32}}
+rollout: {{mode: remote, max_response_length: 32, max_num_seqs: 8, kv_cache_gb: 0.05, num_prompts_per_step: 4}}
+train: {{train_global_batch_size: 32, train_mb_tokens: 64, logprob_mb_tokens: 64}}
+"""
+
+
+def recipe_in(folder: Path) -> Path:
+    (folder / "data.jsonl").touch()
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE.format(folder=folder, model=qwen2(folder / "model", seed=0)))
+    return path
+
+
+def wait_for(what: Callable[[], object], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.3)
+
+
+def processes_of(session: int) -> list[int]:
+    """The processes of a server's group, which is a session of its own."""
+    return [p.pid for p in psutil.process_iter() if _group(p.pid) == session and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def _group(pid: int) -> int | None:
+    try:
+        return os.getpgid(pid)
+    except ProcessLookupError:
+        return None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_dead_server_is_started_anew_and_nothing_is_left_behind(tmp_path: Path) -> None:
+    folder = tmp_path / "served" / "engines"
+    command = [sys.executable, "-m", "megarl", "serve", str(recipe_in(tmp_path))]
+    serve = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    try:
+        wait_for(lambda: discover(folder), 200)
+        (file,) = folder.glob("*.json")
+        first = json.loads(file.read_text())
+        assert first["world_size"] == 1 and first["url"].startswith("http://127.0.0.1:")
+        group = processes_of(first["pid"])
+        assert len(group) >= 2  # the server, and the engine's process
+        os.kill(first["pid"], signal.SIGKILL)
+        wait_for(lambda: discover(folder) and discover(folder) != [first["url"]], 200)
+        assert processes_of(first["pid"]) == []
+        (file,) = folder.glob("*.json")
+        second = json.loads(file.read_text())
+        serve.terminate()
+        assert serve.wait(60) == 0
+        assert processes_of(second["pid"]) == [] and discover(folder) == []
+    finally:
+        serve.kill()
+
+
+def test_the_command_line_is_the_recipes(tmp_path: Path) -> None:
+    cfg = load([str(recipe_in(tmp_path)), "rollout.tensor_parallel_size=2"])
+    said = " ".join(arguments(cfg, "127.0.0.1", 8123, on_cpu=True))
+    for words in (
+        f"--model {tmp_path}/model --host 127.0.0.1 --port 8123 --dtype float32",
+        "--tensor-parallel-size 2 --max-model-len 64 --max-num-seqs 8",
+        "--logprobs-mode processed_logprobs",
+        "--middleware megarl.rollout.auth.RequireToken",
+        '--weight-transfer-config {"backend": "megarl"}',
+        f"--kv-cache-memory-bytes {int(0.05 * 2**30)}",
+    ):
+        assert words in said
+    assert "--quantization" not in said
+    env = environment(cfg, 1, "secret", first_gpu=4, on_cpu=False)
+    assert env["CUDA_VISIBLE_DEVICES"] == "6,7" and env[TOKEN] == "secret" and "secret" not in said
+
+
+def test_serving_a_colocated_recipe_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", str(recipe_in(tmp_path)), "rollout.mode=colocated"]) == 2
+    assert "whose engines are in the trainer" in capsys.readouterr().err
+
+
+def test_the_token_is_one_for_all_and_for_this_user_alone(tmp_path: Path) -> None:
+    token = token_of(tmp_path / "engines")
+    assert token_of(tmp_path / "engines") == token and len(token) >= 32
+    assert (tmp_path / "engines" / "token").stat().st_mode & 0o777 == 0o600
+    assert [path.name for path in (tmp_path / "engines").iterdir()] == ["token"]
+
+
+def test_strangers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TOKEN, "right")
+    reached: list[str] = []
+
+    async def app(scope, receive, send) -> None:
+        reached.append(scope["path"])
+
+    def status(**headers: str) -> int | None:
+        sent: list[dict] = []
+
+        async def send(message) -> None:
+            sent.append(message)
+
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        scope = {"type": "http", "path": "/update_weights", "headers": raw}
+        asyncio.run(RequireToken(app)(scope, None, send))
+        return sent[0]["status"] if sent else None
+
+    assert status() == 401 and status(authorization="Bearer wrong") == 401 and reached == []
+    assert status(authorization="Bearer right") is None and reached == ["/update_weights"]
