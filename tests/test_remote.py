@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megarl.config import RolloutConfig
+from megarl.rollout.auth import token_of
 from megarl.rollout.vllm_engine import Sampling, VLLMEngine
 from tests.distributed import remote_cases, tiny_models
 from tests.distributed.push_ranks import PROMPTS, random_model
-from tests.distributed.servers import generate, serving
+from tests.distributed.servers import generate, served, serving
 
 
 def recipe(folder: Path) -> Path:
@@ -69,3 +70,39 @@ def test_a_server_samples_as_an_engine_here_does(ranks, tmp_path: Path) -> None:
         assert tokens == here.tokens
         assert logps == pytest.approx(here.logps, abs=1e-5)
         assert logps == pytest.approx(tiny_models.reference_logps(model, prompt, tokens).tolist(), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_servers_that_die_before_and_in_a_push_are_left_out_of_it(ranks, tmp_path: Path) -> None:
+    """Three servers, then two, then one: it has the weights, generates, and its version is the last push's."""
+    new = tiny_models.qwen2(tmp_path / "new", seed=1)
+    old = tiny_models.qwen2(tmp_path / "served", seed=0)
+    path = recipe(tmp_path)
+    sizes = ["rollout.max_num_seqs=8", "rollout.kv_cache_gb=0.02", "train.train_global_batch_size=512"]
+    settings = [
+        "algorithm=grpo",
+        f"model.path={old}",
+        f"run.root={tmp_path}",
+        "rollout.mode=remote",
+        "run.name=recipe",
+        *sizes,
+    ]
+    with served(path, *settings, count=3) as servers:
+        token = token_of(tmp_path / "recipe" / "engines")
+        first, second, last = servers
+        had = ranks.run(
+            remote_cases.pushed_while_servers_die,
+            2,
+            recipe=str(path),
+            model=str(new),
+            overrides=["cluster.gpus_per_node=2", "parallel.pipeline_model_parallel_size=2"],
+            urls=[server["url"] for server in servers],
+            token=token,
+            victims=[first["pid"], second["pid"]],
+        )
+        urls = [server["url"] for server in servers]
+        assert had == [[urls, urls[1:], urls[2:]]] * 2
+        tokens, logps = generate(last["url"], [5, 6, 7, 9], temperature=1.0, token=token)
+    model = AutoModelForCausalLM.from_pretrained(new, dtype=torch.float32)
+    assert logps == pytest.approx(tiny_models.reference_logps(model, [5, 6, 7, 9], tokens).tolist(), abs=1e-5)

@@ -41,6 +41,7 @@ class Announced(WeightTransferUpdateInfo):
     shapes: list[list[int]]
     dtypes: list[str]
     bucket_bytes: int
+    verify: bool  # whether each bucket is followed by its checksum
 
 
 class Transfer(WeightTransferEngine[Meeting, Announced]):
@@ -51,6 +52,7 @@ class Transfer(WeightTransferEngine[Meeting, Announced]):
     group: wire.Group | None = None
 
     def init_transfer_engine(self, init_info: Meeting) -> None:
+        self.shutdown()  # a new group takes the place of one that has lost members
         timeout = timedelta(seconds=init_info.timeout_s)
         store = dist.TCPStore(init_info.host, init_info.port, is_master=False, timeout=timeout)
         parallel = self.parallel_config
@@ -61,21 +63,42 @@ class Transfer(WeightTransferEngine[Meeting, Announced]):
         vllm_model.begin_reload(self.model)
 
     def receive_weights(self, update_info: Announced) -> None:
-        metadata = wire.understood(update_info.names, update_info.shapes, update_info.dtypes)
-        vllm_model.load(self.model, self.vllm_config, self._incoming(metadata, update_info.bucket_bytes))
+        """Raises where the sender is lost, or (``verify``) a bucket is not what was sent. The weights are then good for
+        nothing, but the next push finds a model that can be loaded."""
+        try:
+            vllm_model.load(self.model, self.vllm_config, self._incoming(update_info))
+        except BaseException:
+            # Otherwise layers that wait for the rest of their tensors would take the next push's for it.
+            vllm_model.end_reload(self.model, self.vllm_config)
+            self.shutdown()
+            raise
 
-    def _incoming(self, metadata: wire.Metadata, bucket_bytes: int) -> Iterator[tuple[str, torch.Tensor]]:
-        assert self.group is not None, "weights came before init_weight_transfer_engine"
-        for bucket in wire.buckets_of(metadata, bucket_bytes):
+    def _incoming(self, announced: Announced) -> Iterator[tuple[str, torch.Tensor]]:
+        if self.group is None:
+            raise RuntimeError("weights came before init_weight_transfer_engine")
+        metadata = wire.understood(announced.names, announced.shapes, announced.dtypes)
+        for bucket in wire.buckets_of(metadata, announced.bucket_bytes):
             buffer, tensors = wire.views(bucket, self.device)
             self.group.broadcast(buffer)
+            if announced.verify:
+                self._verify(bucket, buffer)
             yield from tensors.items()
             del buffer, tensors
+
+    def _verify(self, bucket: wire.Metadata, buffer: torch.Tensor) -> None:
+        assert self.group is not None
+        sent = torch.zeros(1, dtype=torch.int64, device=buffer.device)
+        self.group.broadcast(sent)
+        if (found := vllm_model.checksum(buffer)) != sent.item():
+            names = f"{bucket[0][0]} to {bucket[-1][0]}"
+            raise RuntimeError(f"a bucket of weights, {names}, has checksum {found}, but was sent with {sent.item()}")
 
     def finish_weight_update(self) -> None:
         vllm_model.end_reload(self.model, self.vllm_config)
 
     def shutdown(self) -> None:
+        if self.group is not None:
+            self.group.close()
         self.group = None
 
 

@@ -1,28 +1,50 @@
 """vLLM servers in other processes, as the receiver of a push: `megarl.weights.sync.push` does not see the difference.
 
 Rank 0 of the trainer talks HTTP to the servers and broadcasts the weights; all other ranks only take part in putting
-tensors together. The servers' side is `megarl.rollout.receiver`, which also says how to start them.
+tensors together. The servers' side is `megarl.rollout.receiver`, and `megarl.rollout.serve` starts them.
+
+Servers come and go. Every push goes to those that are found at its beginning; when one is lost on the way, the others
+are sent everything again, in a new group, and none of them generates before it has a whole set of weights. Whatever
+happens on rank 0, all ranks hear the same verdict: none is left in a collective.
 """
 
 from __future__ import annotations
 
+import http.client
 import json
 import socket
+import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal, TypeVar
+from urllib.parse import urlsplit
 
 import torch
 import torch.distributed as dist
 
 from megarl.parallel.mesh import Mesh
 from megarl.rollout import wire
+from megarl.rollout.vllm_model import checksum
 from megarl.weights.plan import EVERYTHING, Box, Item, Needs
 from megarl.weights.rules import CanonTensor
 from megarl.weights.stream import Deal
+
+OnUpdate = Literal["recompute", "keep_kv", "wait"]
+# What becomes of requests that a push meets. That clear_cache is "ignored when mode=keep", as vLLM 0.32 says, is wrong:
+# it preempts all of them, and their cache is computed anew with the new weights.
+_PAUSE = {
+    "recompute": "pause?mode=keep&clear_cache=true",
+    "keep_kv": "pause?mode=keep&clear_cache=false",
+    "wait": "pause?mode=wait&clear_cache=true",
+}
+_LOOK_AGAIN_S = 1.0
+_PROBE_S = 10.0  # for a server that should answer at once
+_EXCHANGE_S = 120.0  # for one bucket, or to meet: what a failure costs that nobody notices
+_FRUITLESS = 3  # pushes that fail without the loss of a server
+T = TypeVar("T")
 
 
 class RemoteError(RuntimeError):
@@ -41,98 +63,291 @@ def to_sender(mesh: Mesh) -> Deal:
     return deal
 
 
-class RemoteEngines:
-    """Servers that are given weights together. Every rank of the trainer makes one; methods are collectives."""
+class Sender:
+    """Rank 0's end: the servers, and the group that it broadcasts weights in. Every method raises RemoteError."""
 
     def __init__(
         self,
-        urls: Sequence[str],
-        mesh: Mesh,
+        find: Callable[[], Sequence[str]],
         metadata: wire.Metadata,
         bucket_bytes: int,
+        device: torch.device,
         *,
-        host: str = "",
+        token: str | None = None,
+        on_update: OnUpdate = "recompute",
+        min_engines: int = 1,
+        wait_s: float = 600,
         timeout_s: float = 600,
+        verify: bool = False,
     ) -> None:
         """
         Args:
+            find: the addresses of the servers that should be there now.
             metadata: what every push brings: `WeightStream.metadata`.
-            host: an address of rank 0's machine that the servers reach; its host name if empty.
+            token: what servers want to hear from those they obey.
+            on_update: what becomes of requests that a push meets.
+            min_engines, wait_s: how many servers there have to be, and how long to wait for them.
             timeout_s: the longest that one call, or one exchange, may take.
+            verify: compare checksums of every bucket at both ends.
         """
-        self._urls = list(urls)
-        self._mesh = mesh
-        self._metadata = metadata
-        self._bucket_bytes = bucket_bytes
-        self._timeout_s = timeout_s
-        self._pool = ThreadPoolExecutor(len(self._urls) + 1)
-        self._group = self._meet(host or socket.gethostname()) if mesh.rank == 0 else None
+        self.urls: list[str] = []  # the servers that have the weights, or are being given them
+        self.version = 0
+        self._find, self._metadata, self._bucket_bytes, self._device = find, metadata, bucket_bytes, device
+        self._token, self._on_update, self._verify = token, on_update, verify
+        self._min_engines, self._wait_s, self._timeout_s = min_engines, wait_s, timeout_s
+        self._pool = ThreadPoolExecutor(64, thread_name_prefix="megarl-push")
+        self._group: wire.Group | None = None
 
-    def _meet(self, host: str) -> wire.Group:
-        sizes = [self._call(url, "get_world_size")["world_size"] for url in self._urls]
-        size = 1 + sum(sizes)
-        store = dist.TCPStore(
-            host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=self._timeout_s)
-        )
-        answers = []
-        for k, url in enumerate(self._urls):
-            info = {"host": host, "port": store.port, "first_rank": 1 + sum(sizes[:k]), "size": size}
-            info["timeout_s"] = self._timeout_s
-            answers.append(self._pool.submit(self._call, url, "init_weight_transfer_engine", {"init_info": info}))
-        group = wire.Group.join(store, 0, size, self._mesh.device, self._timeout_s)
-        for answer in answers:
-            answer.result()
-        return group
+    def gather(self) -> None:
+        """Pause every server that answers, and meet with all of them. Waits until there are enough."""
+        deadline = time.monotonic() + self._wait_s
+        while True:
+            found = list(self._find())
+            answers = self._each(found, self._pause)
+            alive = [url for url, answer in answers.items() if not isinstance(answer, RemoteError)]
+            words = [str(answer) for answer in answers.values() if isinstance(answer, RemoteError)]
+            if len(alive) >= self._min_engines:
+                if self._group is not None and alive == self.urls:
+                    return
+                try:
+                    return self._meet(alive)
+                except RemoteError as error:  # one was lost in between
+                    words.append(str(error))
+            if time.monotonic() > deadline:
+                said = "".join(f"\n  {line}" for line in words) or " none was found"
+                raise RemoteError(
+                    f"{len(alive)} of {self._min_engines} servers (rollout.min_engines) answer after {self._wait_s:.0f}"
+                    f" s (rollout.engine_timeout_s):{said}"
+                )
+            time.sleep(_LOOK_AGAIN_S)
 
-    def wake_weights(self) -> None:
-        self._everywhere("pause?mode=keep")
+    def _pause(self, url: str) -> None:
+        self._call(url, "health")  # whose answer does not take long: a machine that is gone costs no more than that
+        self._call(url, _PAUSE[self._on_update])
 
-    def wake_kv_cache(self) -> None:
-        self._everywhere("resume")
+    def _meet(self, urls: list[str]) -> None:
+        """A new group, of this rank and every worker of these servers."""
+        self.leave()
+        local = all(urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1") for url in urls)
+        host = "127.0.0.1" if local else socket.gethostname()
+        sizes = [answer["world_size"] for answer in self._all(urls, lambda url: self._call(url, "get_world_size"))]
+        size, patience = 1 + sum(sizes), min(self._timeout_s, _EXCHANGE_S)
+        store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=patience))
+        shared = {"host": host, "port": store.port, "size": size, "timeout_s": patience}
+        first = {url: 1 + sum(sizes[:k]) for k, url in enumerate(urls)}
 
-    def load_weights(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
-        """Send a whole stream of weights. On other ranks than 0, help to put it together."""
-        if self._group is None:
-            assert next(weights, None) is None, "only rank 0 is given tensors: make the stream with to_sender(mesh)"
-            return
-        self._everywhere("start_weight_update")
-        announced = {"update_info": wire.described(self._metadata) | {"bucket_bytes": self._bucket_bytes}}
-        answers = [self._pool.submit(self._call, url, "update_weights", announced) for url in self._urls]
-        for bucket in wire.buckets_of(self._metadata, self._bucket_bytes):
-            self._group.broadcast(wire.fill(bucket, weights, self._mesh.device))
-        assert next(weights, None) is None, "the stream has more tensors than its metadata says"
-        for answer in answers:
-            answer.result()
-        self._everywhere("finish_weight_update", {})
-        self._everywhere("reset_prefix_cache")
+        def join(url: str) -> None:
+            info = {"init_info": shared | {"first_rank": first[url]}}
+            self._call(url, "init_weight_transfer_engine", info)
 
-    def checksums(self) -> dict[str, int]:
-        """Of everything that the servers compute with; empty on other ranks than 0."""
-        out: dict[str, int] = {}
-        for url, answer in zip(
-            self._urls, self._everywhere("collective_rpc", {"method": "megarl_checksums"}), strict=False
-        ):
-            for worker, sums in enumerate(answer["results"]):
-                out |= {f"{url} worker {worker}: {name}": value for name, value in sums.items()}
-        return out
+        answers = [self._pool.submit(join, url) for url in urls]
+        try:
+            group = wire.Group.join(store, 0, size, self._device, patience)
+        except RuntimeError as error:
+            raise RemoteError(f"no group with {', '.join(urls)}: {error}; {_first_error(answers)}") from error
+        self.urls, self._group = urls, group
+        _wait(answers)
 
-    def spoil(self) -> None:
-        """Make all weights useless, so that the next load shows which of them it brings."""
-        self._everywhere("collective_rpc", {"method": "megarl_spoil"})
+    def send(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
+        """Send a whole stream of weights to the servers that were gathered."""
+        assert self._group is not None, "gather() comes first"
+        self._all(self.urls, self._begin)
+        announced = wire.described(self._metadata) | {"bucket_bytes": self._bucket_bytes, "verify": self._verify}
+        body = {"update_info": announced}
+        answers = [self._pool.submit(self._call, url, "update_weights", body) for url in self.urls]
 
-    def _everywhere(self, path: str, body: dict[str, Any] | None = None) -> list[Any]:
-        if self._group is None:
-            return []
-        return list(self._pool.map(lambda url: self._call(url, path, body or {}), self._urls))
+        def watch() -> None:
+            for answer in answers:  # before the last bucket only failures are answered
+                if answer.done() and (error := answer.exception()) is not None:
+                    raise error
+
+        try:
+            for bucket in wire.buckets_of(self._metadata, self._bucket_bytes):
+                buffer = wire.fill(bucket, weights, self._device)
+                self._group.broadcast(buffer, watch)
+                if self._verify:
+                    sums = torch.tensor([checksum(buffer)], dtype=torch.int64, device=self._device)
+                    self._group.broadcast(sums, watch)
+            if next(weights, None) is not None:
+                raise ValueError("the stream has more tensors than its metadata says")
+        except RuntimeError as error:
+            self.leave()  # so that servers which wait for this rank hear of it
+            raise RemoteError(f"{error}; {_first_error(answers)}") from error
+        _wait(answers)
+        self._all(self.urls, lambda url: self._call(url, "finish_weight_update", {"weight_version": str(self.version)}))
+
+    def _begin(self, url: str) -> None:
+        try:
+            self._call(url, "start_weight_update", {})
+        except RemoteError as error:
+            if "already active" not in str(error):
+                raise
+            # Some of its workers are still in an update that others, or a trainer that is gone, did not end; those that
+            # are not refuse to end it.
+            ended = self._each([url], lambda url: self._call(url, "finish_weight_update", {}))
+            try:
+                self._call(url, "start_weight_update", {})
+            except RemoteError as again:
+                raise RemoteError(f"{again}; {ended[url]}") from error
+
+    def resume(self) -> None:
+        """Let the servers generate. One that is lost now is left to the next push."""
+        answers = self._each(self.urls, lambda url: self._call(url, "resume", {}))
+        lost = [answer for answer in answers.values() if isinstance(answer, RemoteError)]
+        self.urls = [url for url, answer in answers.items() if not isinstance(answer, RemoteError)]
+        if lost:
+            self.leave()
+        if not self.urls:
+            raise RemoteError(f"no server is left to generate: {lost[0]}")
+
+    def ask(self, method: str) -> dict[str, list[Any]]:
+        """What every worker of every server returns from a method of `megarl.rollout.receiver.Receiver`."""
+        answers = self._all(self.urls, lambda url: self._call(url, "collective_rpc", {"method": method}))
+        return {url: answer["results"] for url, answer in zip(self.urls, answers, strict=True)}
+
+    def leave(self) -> None:
+        """Leave the group; the next `gather` makes another."""
+        if self._group is not None:
+            self._group.close()
+        self._group = None
+
+    def close(self) -> None:
+        self.leave()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _each(self, urls: Sequence[str], call: Callable[[str], Any]) -> dict[str, Any]:
+        """Each server's answer, or the RemoteError in its place."""
+
+        def caught(url: str) -> Any:
+            try:
+                return call(url)
+            except RemoteError as error:
+                return error
+
+        return dict(zip(urls, self._pool.map(caught, urls), strict=True))
+
+    def _all(self, urls: Sequence[str], call: Callable[[str], Any]) -> list[Any]:
+        """All servers' answers, in order."""
+        answers = self._each(urls, call)
+        for answer in answers.values():
+            if isinstance(answer, RemoteError):
+                raise answer
+        return list(answers.values())
 
     def _call(self, url: str, path: str, body: dict[str, Any] | None = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(f"{url}/{path}", data, {"Content-Type": "application/json"})
+        """POST, or GET without a body where that is what vLLM takes."""
+        data = None if path in ("health", "get_world_size") else json.dumps(body or {}).encode()
+        headers = {"Content-Type": "application/json"}
+        if self._token is not None:
+            headers["Authorization"] = f"Bearer {self._token}"
+        request = urllib.request.Request(f"{url}/{path}", data, headers)
+        timeout = _PROBE_S if data is None else self._timeout_s
         try:
-            with urllib.request.urlopen(request, timeout=self._timeout_s) as answer:
+            with urllib.request.urlopen(request, timeout=timeout) as answer:
                 text = answer.read()
         except urllib.error.HTTPError as error:
             raise RemoteError(f"{url}/{path}: {error.code} {error.read()[:500].decode(errors='replace')}") from error
-        except OSError as error:
-            raise RemoteError(f"{url}/{path}: {error}") from error
+        except (OSError, http.client.HTTPException) as error:
+            raise RemoteError(f"{url}/{path}: {error or type(error).__name__}") from error
         return json.loads(text) if text else None
+
+
+class RemoteEngines:
+    """Servers that are given weights together. Every rank of the trainer makes one; methods are collectives, and raise
+    RemoteError on all ranks or on none."""
+
+    def __init__(self, mesh: Mesh, make: Callable[[], Sender]) -> None:
+        """``make`` makes rank 0's sender; it is not called on others."""
+        self._mesh = mesh
+        self._sender = make() if mesh.rank == 0 else None
+        self.urls: list[str] = []  # the servers that generate with the weights of the last push
+        self.seconds: dict[str, float] = {}  # of the last push, in which servers are paused
+        self._began = 0.0
+
+    def announce(self, version: int) -> None:
+        """What the next weights are called."""
+        if self._sender is not None:
+            self._sender.version = version
+
+    def wake_weights(self) -> None:
+        self._began = time.monotonic()
+        self._on_sender(Sender.gather)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Send a whole stream of weights, again to those that are left where one is lost on the way. On other ranks
+        than 0, help to put it together."""
+        fruitless = 0
+        while (failed := self._attempt(iter(weights))) is not None:
+            before = self._on_sender(lambda sender: list(sender.urls))
+            self._on_sender(Sender.gather)
+            same = set(self._on_sender(lambda sender: list(sender.urls))) >= set(before)
+            fruitless = fruitless + 1 if same else 0
+            if fruitless == _FRUITLESS:
+                raise RemoteError(f"a push failed {_FRUITLESS} times with the same servers; the last time: {failed}")
+
+    def _attempt(self, weights: Iterator[tuple[str, torch.Tensor]]) -> str | None:
+        """Send once. What went wrong, on every rank."""
+        failed = [None]
+        if self._sender is None:
+            if next(weights, None) is not None:
+                raise ValueError("only rank 0 is given tensors: make the stream with to_sender(mesh)")
+        else:
+            try:
+                self._sender.send(weights)
+            except RemoteError as error:
+                failed = [str(error)]
+                for _ in weights:  # the other ranks are in the stream's collectives, and go on to its end
+                    pass
+        dist.broadcast_object_list(failed, 0, group=self._mesh.host_group)
+        return failed[0]
+
+    def wake_kv_cache(self) -> None:
+        self._on_sender(Sender.resume)
+        self.urls = self._on_sender(lambda sender: list(sender.urls))
+        self.seconds = {"timing_s/push": time.monotonic() - self._began}
+
+    def checksums(self) -> dict[str, int]:
+        """Of everything that the servers compute with; empty on other ranks than 0."""
+        answers = self._on_sender(lambda sender: sender.ask("megarl_checksums"))
+        if self._sender is None:
+            return {}
+        return {
+            f"{url} worker {worker}: {name}": value
+            for url, workers in answers.items()
+            for worker, sums in enumerate(workers)
+            for name, value in sums.items()
+        }
+
+    def spoil(self) -> None:
+        """Make all weights useless, so that the next load shows which of them it brings."""
+        self._on_sender(lambda sender: sender.ask("megarl_spoil"))
+
+    def close(self) -> None:
+        if self._sender is not None:
+            self._sender.close()
+
+    def _on_sender(self, do: Callable[[Sender], T]) -> T:
+        """Rank 0 does something; all ranks get what it returns, or the RemoteError that it raised."""
+        outcome: list[Any] = [None, None]
+        if self._sender is not None:
+            try:
+                outcome = [do(self._sender), None]
+            except RemoteError as error:
+                outcome = [None, str(error)]
+        dist.broadcast_object_list(outcome, 0, group=self._mesh.host_group)
+        if outcome[1] is not None:
+            raise RemoteError(outcome[1])
+        return outcome[0]
+
+
+def _first_error(answers: Sequence[Future[Any]]) -> str:
+    """What the first of the servers that failed says, where one does."""
+    for answer in answers:
+        if (error := answer.exception()) is not None:
+            return str(error)
+    return "no server says why"
+
+
+def _wait(answers: Sequence[Future[Any]]) -> None:
+    for answer in answers:
+        answer.result()

@@ -7,7 +7,8 @@ its own: neither end's default process group knows of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 _ALIGNMENT = 16
+_POLL_S = 0.0005
 Metadata = list[tuple[str, tuple[int, ...], torch.dtype]]
 
 
@@ -48,12 +50,12 @@ def _aligned(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
 
 
-@dataclass(frozen=True)
+@dataclass
 class Group:
     """The sender, rank 0, and every worker of every engine."""
 
     group: Any  # dist.ProcessGroupGloo or dist.ProcessGroupNCCL, made directly
-    store: dist.TCPStore
+    store: dist.TCPStore | None
 
     @classmethod
     def join(cls, store: dist.TCPStore, rank: int, size: int, device: torch.device, timeout_s: float) -> Group:
@@ -65,11 +67,22 @@ class Group:
             return cls(dist.ProcessGroupNCCL(prefixed, rank, size, options), store)
         return cls(dist.ProcessGroupGloo(prefixed, rank, size, timeout), store)
 
-    def broadcast(self, buffer: torch.Tensor) -> None:
-        """From the sender to everybody else."""
+    def broadcast(self, buffer: torch.Tensor, watch: Callable[[], None] | None = None) -> None:
+        """From the sender to everybody else. ``watch`` is called while this waits, and ends the waiting by raising."""
         options = dist.BroadcastOptions()
         options.rootRank = 0
-        self.group.broadcast([buffer], options).wait()
+        work = self.group.broadcast([buffer], options)
+        while watch is not None and not work.is_completed():
+            watch()
+            time.sleep(_POLL_S)
+        work.wait()
+
+    def close(self) -> None:
+        """Leave. Members that wait for this one then fail at once, not at the deadline; unless an exchange is pending
+        here, to which gloo holds on until its own."""
+        if dist.is_nccl_available() and isinstance(self.group, dist.ProcessGroupNCCL):
+            self.group.abort()
+        self.group = self.store = None  # gloo closes its connections when nobody holds the group; abort() does not
 
 
 def fill(bucket: Metadata, weights: Iterator[tuple[str, torch.Tensor]], device: torch.device) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from typing import Protocol
 
 import torch.distributed as dist
@@ -26,7 +26,7 @@ class Receiver(Protocol):
 
     def wake_weights(self) -> None: ...
 
-    def load_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None: ...
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None: ...
 
     def wake_kv_cache(self) -> None: ...
 
@@ -59,7 +59,7 @@ def push(stream: WeightStream, receiver: Receiver, *, verify: bool = False) -> N
     naming vLLM's tensors that differ, or that no weight of the trainer's goes into.
     """
     receiver.wake_weights()
-    receiver.load_weights(iter(stream))
+    receiver.load_weights(stream)
     if verify:
         _verify(stream, receiver)
     receiver.wake_kv_cache()
@@ -68,7 +68,7 @@ def push(stream: WeightStream, receiver: Receiver, *, verify: bool = False) -> N
 def _verify(stream: WeightStream, receiver: Receiver) -> None:
     held = receiver.checksums()
     receiver.spoil()
-    receiver.load_weights(iter(stream))
+    receiver.load_weights(stream)
     sent = receiver.checksums()
     differ = sorted(name for name in held.keys() | sent.keys() if held.get(name) != sent.get(name))
     everywhere: list[list[str]] = [[] for _ in range(stream.mesh.world_size)]

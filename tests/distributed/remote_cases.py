@@ -2,7 +2,24 @@
 
 from __future__ import annotations
 
-from megarl.rollout.remote import RemoteEngines, to_sender
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from functools import partial
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from megarl.config import load
+from megarl.parallel.mesh import Mesh, build_mesh
+from megarl.rollout.client import Client
+from megarl.rollout.conversation import Completion, Sampling
+from megarl.rollout.remote import RemoteEngines, Sender, to_sender
+from megarl.rollout.stream import Loop
+from megarl.weights.stream import WeightStream
 from megarl.weights.sync import push
 from tests.distributed.model_cases import engine_of
 
@@ -11,6 +28,91 @@ def pushed(recipe: str, model: str, overrides: list[str], urls: list[str]) -> No
     """Push twice, the second time verified."""
     policy = engine_of(recipe, model, overrides)
     stream = policy.stream(1 << 16, to_sender(policy.mesh))
-    engines = RemoteEngines(urls, policy.mesh, stream.metadata, 1 << 15, host="127.0.0.1", timeout_s=100)
+    engines = engines_of(policy.mesh, stream, urls, verify=True)
     push(stream, engines)
     push(stream, engines, verify=True)
+    engines.close()
+
+
+def engines_of(
+    mesh: Mesh, stream: WeightStream, urls: list[str], token: str | None = None, **more: Any
+) -> RemoteEngines:
+    def sender() -> Sender:
+        return Sender(lambda: urls, stream.metadata, 1 << 15, mesh.device, token=token, timeout_s=100, **more)
+
+    return RemoteEngines(mesh, sender)
+
+
+class Killing:
+    """A stream in whose middle a process is killed, once."""
+
+    def __init__(self, stream: WeightStream, victim: int) -> None:
+        self.stream, self.victim, self.mesh = stream, victim, stream.mesh
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for k, pair in enumerate(self.stream):
+            if k == len(self.stream.items) // 2 and self.victim and self.mesh.rank == 0:
+                os.killpg(self.victim, signal.SIGKILL)
+                self.victim = 0
+            yield pair
+
+
+def pushed_while_servers_die(
+    recipe: str, model: str, overrides: list[str], urls: list[str], token: str, victims: list[int]
+) -> list[list[str]]:
+    """Push to all, then to those left once the first victim is dead, then while the second one dies. Returns who had
+    the weights after each."""
+    policy = engine_of(recipe, model, overrides)
+    stream = policy.stream(1 << 16, to_sender(policy.mesh))
+    engines, had = engines_of(policy.mesh, stream, urls, token), []
+    for version, weights in enumerate([stream, stream, Killing(stream, victims[1])]):
+        if version == 1 and policy.mesh.rank == 0:
+            os.killpg(victims[0], signal.SIGKILL)
+        engines.announce(version)
+        push(weights, engines)  # type: ignore[arg-type]
+        had.append(engines.urls)
+    engines.close()
+    return had
+
+
+def in_flight(
+    recipe: str, overrides: list[str], url: str, token: str, folders: list[str], prompts: list[list[int]], length: int
+) -> dict[str, list[list[Completion]]]:
+    """For every way of updating: requests that a push meets half-way, and the same prompts after it."""
+    mesh = build_mesh(load([recipe, *overrides]))
+    old, new = (load_file(f"{folder}/model.safetensors") for folder in folders)
+    metadata = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in old.items()]
+    loop, sampling, out = Loop("in-flight"), Sampling(n=1, max_tokens=length), {}
+    for mode in ("recompute", "keep_kv", "wait"):
+        sender = Sender(lambda: [url], metadata, 1 << 15, mesh.device, token=token, on_update=mode)  # type: ignore[arg-type]
+        engines = RemoteEngines(mesh, partial(_same, sender))
+        client = loop.call(partial(Client, token=token, timeout_s=60, salted=mode == "keep_kv"))
+
+        def give(weights: dict[str, torch.Tensor], version: int, engines=engines, client=client) -> None:
+            loop.call(client.hold)
+            engines.announce(version)
+            engines.wake_weights()
+            engines.load_weights(weights.items())
+            engines.wake_kv_cache()
+            loop.call(client.use, engines.urls, version)
+
+        def ask(client=client) -> list[Future[Completion]]:
+            return [loop.run(client.generate(prompt, length, sampling)) for prompt in prompts]
+
+        give(old, 0)
+        began = time.monotonic()
+        for request in ask():
+            request.result(120)
+        running = ask()
+        time.sleep((time.monotonic() - began) / 3)
+        give(new, 1)
+        met = [request.result(120) for request in running]
+        out[mode] = [met, [request.result(120) for request in ask()]]
+        loop.run(client.close()).result()
+        engines.close()
+    loop.close()
+    return out
+
+
+def _same(sender: Sender) -> Sender:
+    return sender

@@ -13,7 +13,9 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+from megarl.config import load
 from megarl.model.family import read_spec
+from megarl.rollout.serve import discover, engines_folder
 from megarl.rollout.vllm_config import model_arguments
 
 STARTS_WITHIN_S = 240
@@ -48,12 +50,32 @@ def serving(model: Path, log: Path, *, dtype: str = "float32", gpu: int | None =
         process.wait(60)
 
 
-def generate(url: str, prompt: list[int], *, temperature: float) -> tuple[list[int], list[float]]:
+@contextlib.contextmanager
+def served(recipe: Path, *overrides: str, count: int = 1) -> Iterator[list[dict]]:
+    """Servers of a recipe's, by `megarl serve`: what their files in the run's folder say."""
+    settings = [*overrides, f"rollout.num_engines={count}"]
+    folder = engines_folder(load([str(recipe), *settings]))
+    command = [sys.executable, "-m", "megarl", "serve", str(recipe), *settings]
+    serve = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    try:
+        deadline = time.monotonic() + STARTS_WITHIN_S
+        while len(discover(folder)) < count:
+            assert serve.poll() is None and time.monotonic() < deadline, list(folder.glob("*.log"))
+            time.sleep(0.5)
+        yield [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    finally:
+        serve.terminate()
+        serve.wait(60)
+
+
+def generate(url: str, prompt: list[int], *, temperature: float, token: str = "") -> tuple[list[int], list[float]]:
     """A response of twelve tokens, and their log-probs."""
     body = {"token_ids": prompt, "sampling_params": {"max_tokens": 12, "temperature": temperature, "logprobs": 0}}
     body["sampling_params"]["detokenize"] = False
     request = urllib.request.Request(
-        f"{url}/inference/v1/generate", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        f"{url}/inference/v1/generate",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json", "Authorization": f"Bearer {token}"},
     )
     with urllib.request.urlopen(request, timeout=60) as answer:
         (choice,) = json.loads(answer.read())["choices"]
