@@ -9,7 +9,7 @@ from megarl.config import LossConfig, WeightSyncConfig
 from megarl.data.packing import pack
 from megarl.data.records import Sample
 from megarl.losses.kl import kl
-from megarl.losses.mismatch import MismatchError, check_mismatch, mismatch
+from megarl.losses.mismatch import MismatchError, check_mismatch, mismatch, of_fresh
 from megarl.losses.policy import grpo, ppo_clip
 from megarl.losses.sft import sft
 
@@ -112,10 +112,19 @@ def test_sft_is_the_negative_log_likelihood():
 
 
 def test_mismatch_measures():
-    out = mismatch(torch.tensor([0.0]), torch.tensor([-LOG2]))  # d = log 2
+    out = mismatch(torch.tensor([0.0]), torch.tensor([-LOG2]), torch.tensor([True]))  # d = log 2
     assert out["gen_kl_error"].item() == pytest.approx(2 - 1 - LOG2, rel=1e-6)
     assert out["token_mult_prob_error"].item() == pytest.approx(2.0)
     assert out["rollout_probs_diff_mean"].item() == pytest.approx(0.5)
+
+
+def test_the_mismatch_is_of_tokens_that_the_present_weights_sampled():
+    """Three tokens with d = log 2, 0 and 5, the last one stale: the mean over the first two is (1 - log 2) / 2."""
+    out = mismatch(torch.tensor([0.0, 0.0, 0.0]), torch.tensor([-LOG2, 0.0, -5.0]), torch.tensor([True, True, False]))
+    means = of_fresh({name: x.mean().item() for name, x in out.items()} | {"loss": 1.0})
+    assert means["gen_kl_error"] == pytest.approx((1 - LOG2) / 2, rel=1e-6)
+    assert means["token_mult_prob_error"] == pytest.approx((2 + 1) / 2, rel=1e-6) and means["loss"] == 1.0
+    assert of_fresh({"gen_kl_error": 0.0, "fresh_fraction": 0.0, "loss": 1.0}) == {"loss": 1.0}
 
 
 def test_a_mismatch_over_the_threshold_is_an_error_that_says_what_to_look_at():

@@ -55,4 +55,4 @@ def pairs_of_rollouts(logps: Tensor, batch: MicroBatch, cfg: PreferenceConfig) -
     loss, metrics = preference_tokens(logps, batch, cfg)
     assert batch.rollout_logps is not None, "vLLM gives log-probabilities with what it samples"
     before = logps if batch.old_logps is None else batch.old_logps
-    return loss, metrics | mismatch(before, batch.rollout_logps)
+    return loss, metrics | mismatch(before, batch.rollout_logps, batch.fresh)

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from megarl.advantages import AdaptiveKL
 from megarl.algorithms.sft import due
@@ -15,11 +15,13 @@ from megarl.checkpoint.checkpoints import Checkpoints, Stateful
 from megarl.config import AdvantageConfig, Config, OptimizerConfig
 from megarl.data.prompts import Prompt, PromptStream, load_prompts
 from megarl.data.records import Sample
-from megarl.losses.mismatch import MISMATCH_METRICS, check_mismatch
+from megarl.losses.mismatch import MISMATCH_METRICS, check_mismatch, of_fresh
 from megarl.model.engine import Engine, HostWeights
 from megarl.model.family import read_spec
 from megarl.observe.run import Run
 from megarl.parallel.mesh import Mesh
+from megarl.rollout.remote import to_sender
+from megarl.rollout.remote_sampler import RemoteSampler
 from megarl.rollout.sampler import Sampler
 from megarl.rollout.table import Rollout
 from megarl.weights.stream import WeightStream
@@ -35,7 +37,7 @@ class Parts:
     mesh: Mesh
     stream: PromptStream[Prompt]
     held_out: Sequence[Prompt]
-    sampler: Sampler
+    sampler: Sampler | RemoteSampler
     policy: Engine
     weights: WeightStream  # the policy's, on their way to vLLM
     reference: HostWeights | None  # the policy as it was at the start
@@ -110,11 +112,12 @@ def prepare(cfg: Config, run: Run, mesh: Mesh, *, reference: bool) -> Parts:
         held_out = load_prompts(cfg.data, tokenizer, validation=True) if cfg.data.val_path else []
         stream = PromptStream(prompts, cfg.run.seed, cfg.data.shuffle)
         steps, updates = number_of_steps(cfg, len(prompts))
-        sampler = Sampler(cfg, mesh, tokenizer, run.phases)
+        sampler = sampler_of(cfg, mesh, tokenizer, run, stream)
         policy = Engine(
             cfg, mesh, read_spec(cfg.model.path), temperature=cfg.rollout.temperature, total_updates=updates
         )
-        deal = to_engines(policy.spec, mesh, cfg.rollout.tensor_parallel_size)
+        colocated = cfg.rollout.mode == "colocated"
+        deal = to_engines(policy.spec, mesh, cfg.rollout.tensor_parallel_size) if colocated else to_sender(mesh)
         return Parts(
             cfg=cfg,
             run=run,
@@ -128,6 +131,15 @@ def prepare(cfg: Config, run: Run, mesh: Mesh, *, reference: bool) -> Parts:
             kl=penalty(cfg.advantage),
             steps=steps,
         )
+
+
+def sampler_of(
+    cfg: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerBase, run: Run, prompts: PromptStream[Prompt]
+) -> Sampler | RemoteSampler:
+    """Engines in these processes, or servers elsewhere."""
+    if cfg.rollout.mode == "remote":
+        return RemoteSampler(cfg, mesh, tokenizer, run.phases, prompts)
+    return Sampler(cfg, mesh, tokenizer, run.phases)
 
 
 def number_of_steps(cfg: Config, num_prompts: int) -> tuple[int, int]:
@@ -167,4 +179,4 @@ def mean_metrics(history: list[dict[str, float]], whose: str = "actor") -> dict[
     """Means over the step's updates. The mismatch is the rollout's, so it keeps its own names."""
     names = history[0] if history else ()  # where every pair was a tie there was no update
     means = {name: sum(update[name] for update in history) / len(history) for name in names}
-    return {name if name in MISMATCH_METRICS else f"{whose}/{name}": value for name, value in means.items()}
+    return {name if name in MISMATCH_METRICS else f"{whose}/{name}": value for name, value in of_fresh(means).items()}

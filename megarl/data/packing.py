@@ -131,6 +131,7 @@ def pack(
         weights=weights.to(device),
         count=count,
         advantages=spread(_advantages),
+        fresh=spread(_fresh).bool(),
         rollout_logps=spread(lambda sample: sample.rollout_logps),
         old_logps=spread(lambda sample: sample.old_logps),
         ref_logps=spread(lambda sample: sample.ref_logps),
@@ -144,6 +145,12 @@ def _loss_mask(sample: Sample) -> Tensor:
     if sample.loss_mask is None:
         return torch.ones(sample.response_length, dtype=torch.bool)
     return sample.loss_mask.bool().cpu()
+
+
+def _fresh(sample: Sample) -> Tensor:
+    """[response] bool."""
+    stale = sample.staleness
+    return torch.ones(sample.response_length) if stale is None else stale == 0
 
 
 def _advantages(sample: Sample) -> Tensor:

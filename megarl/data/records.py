@@ -34,6 +34,7 @@ class Sample:
     score: float | None = None  # of preference data: what a reward model or an annotator gave the response
     desirable: bool | None = None  # of unpaired preference data
     versions: Tensor | None = None  # [response] int32: the push of weights that sampled each, where they may differ
+    staleness: Tensor | None = None  # [response] int32: how many updates those are behind; None: none
     finish_reason: str = ""  # of a rollout's: "stop", "length", or what its environment says
     measures: dict[str, float] = field(default_factory=dict)  # what its environment says of it
     row: int = -1  # its place in the step's table, where it is one of a rollout's
@@ -61,6 +62,7 @@ class MicroBatch:
     weights: Tensor  # [T], how a token's loss counts in the sum (0 outside loss_mask)
     count: int  # what the step's sum is divided by, this microbatch's part of it
     advantages: Tensor  # [T]
+    fresh: Tensor  # [T] bool: sampled with the weights that the step trains, of which the engines can be measured
     rollout_logps: Tensor | None = None  # [T]
     old_logps: Tensor | None = None  # [T]
     ref_logps: Tensor | None = None  # [T]

@@ -12,20 +12,34 @@ from torch import Tensor
 from megarl.config import WeightSyncConfig
 
 MISMATCH_METRICS = ("gen_kl_error", "token_mult_prob_error", "rollout_probs_diff_mean")
+FRESH = "fresh_fraction"
 
 
 class MismatchError(RuntimeError):
     """vLLM does not compute what megatron computes."""
 
 
-def mismatch(trainer_logps: Tensor, rollout_logps: Tensor) -> dict[str, Tensor]:
-    """[T] each: k3 estimate of KL(engine || trainer), exp |d|, and the absolute difference of probabilities."""
+def mismatch(trainer_logps: Tensor, rollout_logps: Tensor, fresh: Tensor) -> dict[str, Tensor]:
+    """[T] each: k3 estimate of KL(engine || trainer), exp |d|, and the absolute difference of probabilities.
+
+    Tokens of older weights than the trainer's, which are not ``fresh``, would show how far it has moved since: they
+    are 0, and `of_fresh` makes the means of all tokens means of fresh ones.
+    """
     d = (trainer_logps - rollout_logps).detach()
-    return {
+    measures = {
         "gen_kl_error": torch.expm1(d) - d,
         "token_mult_prob_error": d.abs().exp(),
         "rollout_probs_diff_mean": (trainer_logps.detach().exp() - rollout_logps.exp()).abs(),
     }
+    return {name: torch.where(fresh, x, 0) for name, x in measures.items()} | {FRESH: fresh.float()}
+
+
+def of_fresh(means: dict[str, float]) -> dict[str, float]:
+    """Means in which the measures are of fresh tokens alone; without these where there is no such token."""
+    share = means.get(FRESH, 1.0)
+    rest = {name: mean for name, mean in means.items() if name not in (FRESH, *MISMATCH_METRICS)}
+    measured = {name: means[name] / share for name in MISMATCH_METRICS if name in means} if share else {}
+    return rest | measured
 
 
 def check_mismatch(metrics: dict[str, float], cfg: WeightSyncConfig) -> None:

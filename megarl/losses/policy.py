@@ -41,7 +41,7 @@ def grpo(logps: Tensor, batch: MicroBatch, cfg: LossConfig) -> Terms:
         loss = loss - cfg.entropy_coef * batch.entropy
     if batch.rollout_logps is not None:
         trainers = logps.detach() if batch.old_logps is None else batch.old_logps
-        metrics |= mismatch(trainers, batch.rollout_logps)
+        metrics |= mismatch(trainers, batch.rollout_logps, batch.fresh)
     return loss, metrics | {"entropy": batch.entropy}
 
 

@@ -45,6 +45,8 @@ class Row:
     finish_reason: str
     result: RewardResult
     measures: dict[str, float] = field(default_factory=dict)  # what an environment says of it
+    # Of its tokens: updates by which the weights that sampled them were behind. (mean, largest, smallest)
+    staleness: tuple[float, int, int] = (0.0, 0, 0)
 
     @property
     def cut(self) -> bool:
@@ -64,6 +66,7 @@ class Rollout:
     max_response_length: int  # of this step
     flops: ModelFlops = field(repr=False)  # of the model that trains on it
     num_gen_batches: int = 1  # how often prompts were drawn and sampled for it
+    beside: dict[str, float] = field(default_factory=dict)  # numbers of the engines that it came from
 
     @property
     def rewards(self) -> Tensor:
@@ -161,6 +164,8 @@ class Rollout:
         }
         if self.num_gen_batches > 1:
             out["dynamic_sampling/num_gen_batches"] = float(self.num_gen_batches)
+        if self.beside:
+            out |= self.beside | self._staleness()
         parts = means([row.result.parts for row in self.rows])
         return out | {f"reward/{name}": value for name, value in parts.items()} | self._measured()
 
@@ -179,6 +184,15 @@ class Rollout:
             out["tool_call_counts/failure_ratio"] = failures / calls if calls else 0.0
             del out["environment/tool_failures"]
         return out
+
+    def _staleness(self) -> dict[str, float]:
+        """Over tokens, and the share of samples that more than one version of the weights wrote."""
+        tokens = sum(row.response_length for row in self.rows)
+        return {
+            "staleness/mean": sum(row.staleness[0] * row.response_length for row in self.rows) / tokens,
+            "staleness/max": float(max(row.staleness[1] for row in self.rows)),
+            "frac_mixed_version": sum(row.staleness[1] > row.staleness[2] for row in self.rows) / len(self.rows),
+        }
 
 
 def means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
