@@ -80,6 +80,8 @@ def check(cfg: Config, job: Job) -> None:
         )
     if not {"model", "optimizer"} <= set(cfg.checkpoint.save_contents):
         raise SubmitError("checkpoint.save_contents must have model and optimizer: a job goes on from its checkpoint")
+    if cfg.rollout.mode == "remote" and not cfg.rollout.num_nodes:
+        raise SubmitError("rollout.mode=remote needs nodes for its servers: set rollout.num_nodes")
     if cfg.checkpoint.resume_mode == "disable":
         raise SubmitError("checkpoint.resume_mode=disable would begin again each time the job is queued")
 
@@ -91,7 +93,8 @@ def script(cfg: Config, job: Job, recipe: str, overrides: Sequence[str], *, pyth
     combinations = variants(job.sweep)
     options = {
         "job-name": cfg.run.name,
-        "nodes": job.nodes,
+        "nodes": job.nodes + cfg.rollout.num_nodes,
+        "exclusive": bool(cfg.rollout.num_nodes),  # two steps, of which one has fewer tasks a node
         "ntasks-per-node": cfg.cluster.gpus_per_node,
         "gpus-per-node": None if cfg.cluster.device == "cpu" else cfg.cluster.gpus_per_node,
         "time": job.time,
@@ -104,7 +107,8 @@ def script(cfg: Config, job: Job, recipe: str, overrides: Sequence[str], *, pyth
         "output": folder / ("%A_%a.out" if job.sweep else "%j.out"),
     }
     lines = ["#!/usr/bin/env bash", "#SBATCH --requeue"]
-    lines += [f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None]
+    given = {name: value for name, value in options.items() if value is not None and value is not False}
+    lines += [f"#SBATCH --{name}" + ("" if value is True else f"={value}") for name, value in given.items()]
     lines += [f"#SBATCH {option}" for option in job.sbatch]
     mine = [*overrides, f"cluster.num_nodes={job.nodes}"]
     if cfg.checkpoint.resume_mode == "auto":
@@ -121,7 +125,11 @@ def script(cfg: Config, job: Job, recipe: str, overrides: Sequence[str], *, pyth
         lines += [f"sweep=({' '.join(rows)})", 'eval "arguments+=(${sweep[$SLURM_ARRAY_TASK_ID]})"']
         name = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID"
     lines += [f"export MEGARL_LOGS={shlex.quote(str(folder))}/{name}"]
-    lines += [f'exec bash {shlex.quote(str(SLURM / "train.sbatch"))} "${{arguments[@]}}"']
+    batch = "train.sbatch"
+    if cfg.rollout.num_nodes:
+        batch = "train_async.sbatch"
+        lines += [f"export MEGARL_ROLLOUT_NODES={cfg.rollout.num_nodes}"]
+    lines += [f'exec bash {shlex.quote(str(SLURM / batch))} "${{arguments[@]}}"']
     return "\n".join(lines) + "\n"
 
 

@@ -13,6 +13,12 @@ if [ -n "${MEGARL_CONTAINER:-}" ]; then
   MEGARL_SRUN+=(--container-image="$MEGARL_CONTAINER" --container-mounts="${MEGARL_MOUNTS:-$PWD}" --container-workdir="$PWD")
   MEGARL_PYTHON=${MEGARL_CONTAINER_PYTHON:-python}
 fi
+# Where some of the nodes serve vLLM (train_async.sbatch), the ranks are on the others alone:
+MEGARL_SERVE_SRUN=("${MEGARL_SRUN[@]}")
+if [ -n "${MEGARL_TRAIN_NODES:-}" ]; then
+  count=$(tr ',' '\n' <<<"$MEGARL_TRAIN_NODES" | wc -l)
+  MEGARL_SRUN+=(--nodelist="$MEGARL_TRAIN_NODES" --nodes="$count" --ntasks=$((count * ${SLURM_NTASKS_PER_NODE:-1})))
+fi
 
 # ---- rendezvous: this node is the first, and a port that nobody uses here now ----
 export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}

@@ -85,7 +85,7 @@ def test_what_could_not_work_is_refused(job, overrides, said):
 
 
 def test_the_scripts_are_shell():
-    for path in (SLURM / "train.sbatch", SLURM / "env.sh"):
+    for path in (SLURM / "train.sbatch", SLURM / "train_async.sbatch", SLURM / "env.sh"):
         assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
 
 
@@ -128,6 +128,45 @@ def test_what_follows_from_how_the_ranks_end(tmp_path, code, said, called):
     follow = [call for call in calls if call.startswith(("sbatch", "scontrol requeue"))]
     assert follow == ([called] if called else [])
     assert "srun --kill-on-bad-exit=1" in "".join(calls) and any(call.endswith("megarl r.yaml") for call in calls)
+
+
+REMOTE = ["rollout.mode=remote", "rollout.num_nodes=2", "rollout.num_engines=1"]
+
+
+def test_servers_get_nodes_of_their_own():
+    """8 nodes that train and 2 that serve are 10."""
+    text = script(config(*REMOTE), Job(nodes=8), RECIPE, REMOTE)
+    for line in ("#SBATCH --nodes=10", "#SBATCH --exclusive", "export MEGARL_ROLLOUT_NODES=2"):
+        assert f"{line}\n" in text
+    assert text.splitlines()[-1].startswith(f"exec bash {SLURM / 'train_async.sbatch'} ")
+    assert "cluster.num_nodes=8" in text
+    plain = script(config(), Job(nodes=8), RECIPE, [])
+    assert "train_async" not in plain and "exclusive" not in plain
+    with pytest.raises(SubmitError, match=r"set rollout\.num_nodes"):
+        script(config("rollout.mode=remote"), Job(nodes=8), RECIPE, [])
+
+
+def test_two_steps_on_nodes_of_their_own(tmp_path):
+    """Three nodes, of which one serves: the servers' step goes on until the ranks' has ended, and is then ended."""
+    step = f'case "$*" in *serve*) trap "echo ended >> {tmp_path}/served; exit 0" TERM; '
+    step += "for i in $(seq 600); do /bin/sleep 0.1; done ;; *) /bin/sleep 0.5; exit 75 ;; esac"
+    fake_slurm(tmp_path, step)
+    hosts = tmp_path / "scontrol"
+    hosts.write_text(hosts.read_text().replace("echo localhost", "printf '%s\\n' localhost n2 n3"))
+    names = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-3]", "MEGARL_SLURM": str(SLURM), "MEGARL_JOB": "job.sh"}
+    names |= {"MEGARL_ROLLOUT_NODES": "1", "SLURM_NTASKS_PER_NODE": "4", "MEGARL_LOGS": str(tmp_path / "logs")}
+    environment = os.environ | names | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    command = ["bash", str(SLURM / "train_async.sbatch"), "r.yaml", "a=b"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 75, done.stderr
+    calls = (tmp_path / "calls").read_text()
+    (serve,) = [line for line in calls.splitlines() if line.startswith("srun") and "--nodelist=n3 " in line]
+    (ranks,) = [line for line in calls.splitlines() if line.startswith("srun") and "--nodelist=localhost,n2 " in line]
+    assert "--nodes=1 --ntasks=1" in serve and "--nodes=2 --ntasks=8" in ranks and "scontrol requeue 7" in calls
+    assert (tmp_path / "served").read_text() == "ended\n"
+    nodes = names | {"MEGARL_ROLLOUT_NODES": "3"}
+    refused = subprocess.run(command, env=environment | nodes, capture_output=True, text=True, timeout=60)
+    assert refused.returncode == 2 and "leave none to train" in refused.stderr
 
 
 @pytest.mark.slurm
