@@ -1,6 +1,7 @@
 """The `megarl` command. Each subcommand imports its work when it runs, so that `megarl --help` costs nothing.
 
-Exit codes: 0 done, 1 the work failed, 2 the command or the config is wrong (nothing was started).
+Exit codes: 0 done, 1 the work failed, 2 the command or the config is wrong (nothing was started), 75 `megarl train` was
+told to stop, has saved, and has more to do.
 """
 
 import argparse
@@ -19,10 +20,6 @@ if TYPE_CHECKING:
     from megarl.config import Config
 
 RECIPE_HELP = "YAML file that says how the run differs from the defaults"
-# A rank that is told to stop says within seconds what it was waiting for; a frozen one is not worth waiting for.
-SHUTDOWN = "--shutdown-timeout=15"
-# It passes these on to the ranks, which then save: also SIGUSR1, which it would die of by default.
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 CONVERT_HELP = "checkpoints between Hugging Face and Megatron: convert, compare, describe"
 OVERRIDE_HELP = "settings over the recipe's, such as rollout.temperature=0.8"
 
@@ -61,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     resume_parser.add_argument("recipe", metavar="RECIPE", help=RECIPE_HELP)
     resume_parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help=OVERRIDE_HELP)
     resume_parser.add_argument("--steps", type=int, default=4, help="steps of each run; the stop is half-way")
+    resume_parser.add_argument("--max-ranks", type=int, default=8, help="most processes to start (default 8)")
     verify_parser = add(
         "verify", verify, "prove that a recipe's layout, with a tiny model, computes what one rank does"
     )
@@ -99,9 +97,6 @@ def train(args: argparse.Namespace) -> int:
     command = [sys.executable, *(ranks if launched else torchrun_arguments(cfg, ranks))]
     if not launched:
         _serve_beside(cfg, args)
-        # It also keeps the process id: a rank with another parent knows that torchrun died before it could ask.
-        os.environ["MEGARL_LAUNCHER"] = str(os.getpid())
-        os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", SIGNALS)
     sys.stdout.flush()
     sys.stderr.flush()
     os.execv(sys.executable, command)
@@ -193,10 +188,11 @@ def submit(args: argparse.Namespace) -> int:
 
 def verify_resume(args: argparse.Namespace) -> int:
     """Run the recipe's shrunk twin straight, and with a stop half-way, and compare every number."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     from megarl.checkpoint.verify import verify
 
-    cfg = _load(args)
-    return 2 if cfg is None else verify(cfg, args.recipe, args.overrides, args.steps)
+    cfg = _load(args, check_model=False)
+    return 2 if cfg is None else verify(cfg, args.steps, args.max_ranks)
 
 
 def config(args: argparse.Namespace) -> int:
@@ -298,16 +294,20 @@ def rank_arguments(recipe: str, overrides: Sequence[str]) -> list[str]:
 def torchrun_arguments(cfg: "Config", ranks: list[str]) -> list[str]:
     """What Python is called with to start all ranks of one machine."""
     # --standalone picks a free port; the local address spares machines whose own name does not resolve.
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-    launcher.append(f"--shutdown-timeout={cfg.run.stop_grace_s:.0f}")
+    launcher = ["-m", "megarl.launch", "--standalone", "--local-addr=127.0.0.1", shutdown(cfg)]
     return [*launcher, f"--nproc-per-node={cfg.cluster.gpus_per_node}", *ranks]
+
+
+def shutdown(cfg: "Config") -> str:
+    """torchrun's option of how long ranks that were told to stop have to finish their step and save."""
+    return f"--shutdown-timeout={cfg.run.stop_grace_s:.0f}"
 
 
 def multi_node_advice(cfg: "Config", recipe: str, overrides: Sequence[str]) -> str:
     """The lines that start a job of several machines, which nobody can start from one of them alone."""
     nodes, per_node = cfg.cluster.num_nodes, cfg.cluster.gpus_per_node
     rendezvous = f"--rdzv-backend=c10d --rdzv-id={shlex.quote(cfg.run.name)} --rdzv-endpoint"
-    launch = f"torchrun --nnodes={nodes} --nproc-per-node={per_node} {SHUTDOWN} {rendezvous}"
+    launch = f"python -m megarl.launch --nnodes={nodes} --nproc-per-node={per_node} {shutdown(cfg)} {rendezvous}"
     # Without the flag srun lets the other nodes wait for one whose ranks have failed, until their own deadline.
     srun = f"srun --kill-on-bad-exit=1 --nodes={nodes} --ntasks-per-node=1"
     ranks = shlex.join(rank_arguments(recipe, overrides))

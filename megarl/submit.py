@@ -60,6 +60,13 @@ def seconds_of(limit: str) -> int:
     return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
+def duration(seconds: int) -> str:
+    """Seconds as `checkpoint.checkpoint_must_save_by` takes them: DD:HH:MM:SS. It begins with a 0: YAML reads
+    10:00:00:00 as a number of base 60."""
+    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
+    return f"0{days:02d}:{hours % 24:02d}:{minutes % 60:02d}:{seconds % 60:02d}"
+
+
 def variants(sweep: Sequence[str]) -> list[list[str]]:
     """Every combination of ``KEY=V1,V2,...`` as a list of overrides; [[]] without any. Raises SubmitError."""
     axes = []
@@ -82,8 +89,8 @@ def check(cfg: Config, job: Job) -> None:
         raise SubmitError("checkpoint.save_contents must have model and optimizer: a job goes on from its checkpoint")
     if cfg.rollout.mode == "remote" and not cfg.rollout.num_nodes:
         raise SubmitError("rollout.mode=remote needs nodes for its servers: set rollout.num_nodes")
-    if cfg.checkpoint.resume_mode == "disable":
-        raise SubmitError("checkpoint.resume_mode=disable would begin again each time the job is queued")
+    if (mode := cfg.checkpoint.resume_mode) not in ("auto", "continue"):
+        raise SubmitError(f"checkpoint.resume_mode={mode} would begin again there each time the job is queued")
 
 
 def script(cfg: Config, job: Job, recipe: str, overrides: Sequence[str], *, python: str = sys.executable) -> str:
@@ -113,12 +120,16 @@ def script(cfg: Config, job: Job, recipe: str, overrides: Sequence[str], *, pyth
     mine = [*overrides, f"cluster.num_nodes={job.nodes}"]
     if cfg.checkpoint.resume_mode == "auto":
         mine.append("checkpoint.resume_mode=continue")  # a job that is queued once more than needed has nothing to do
+    if job.time is not None and cfg.checkpoint.checkpoint_must_save_by is None:
+        mine.append(f"checkpoint.checkpoint_must_save_by={duration(seconds_of(job.time) - job.grace)}")
     lines += [
         f"export MEGARL_SLURM={shlex.quote(str(SLURM))} MEGARL_JOB={shlex.quote(str(folder / 'job.sh'))}",
         f"export MEGARL_PYTHON=${{MEGARL_PYTHON:-{shlex.quote(python)}}}",
         f"cd {shlex.quote(str(Path.cwd()))}",
         f"arguments=({shlex.join([recipe, *mine])})",
     ]
+    if job.exclude:  # with it go the nodes that fail
+        lines.append(f"export MEGARL_EXCLUDED=${{MEGARL_EXCLUDED:-{shlex.quote(job.exclude)}}}")
     name = "${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}"
     if job.sweep:
         rows = [shlex.quote(shlex.join([*each, f"run.name={cfg.run.name}-{n}"])) for n, each in enumerate(combinations)]
@@ -159,7 +170,11 @@ def submit(cfg: Config, job: Job, recipe: str, overrides: Sequence[str]) -> str:
 def _sbatch(arguments: list[str]) -> str:
     try:
         # The options of the shell that calls, which may itself be in a job, are not this job's.
-        plain = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
+        plain = {
+            name: value
+            for name, value in os.environ.items()
+            if name == "SLURM_CONF" or not name.startswith(("SLURM_", "SBATCH_"))
+        }
         done = subprocess.run(
             ["sbatch", "--parsable", *arguments], env=plain, capture_output=True, text=True, check=False
         )

@@ -13,6 +13,7 @@ import traceback
 from pathlib import Path
 
 from megarl.config import Config, ConfigError, load
+from megarl.launch import SAVED
 
 EXIT_CONFIG = 2
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: saved and stopped before the end; start it again to go on
@@ -39,7 +40,7 @@ def run(cfg: Config) -> int:
     from megarl.model.engine import NonFiniteError
     from megarl.observe.lock import FolderInUse
     from megarl.observe.run import Run
-    from megarl.parallel.mesh import build_mesh, device_name
+    from megarl.parallel.mesh import RendezvousError, build_mesh, device_name
     from megarl.parallel.watchdog import Watchdog, die_with_parent
     from megarl.rewards import RewardError
     from megarl.rollout.table import EmptyStepError
@@ -50,7 +51,11 @@ def run(cfg: Config) -> int:
     told: tuple[type[BaseException], ...] = (DataError, CheckpointError, RewardError, MismatchError, NonFiniteError)
     told += (EmptyStepError, RolloutError, FolderInUse, Broken)
     die_with_parent()
-    mesh = build_mesh(cfg)
+    try:
+        mesh = build_mesh(cfg)
+    except RendezvousError as error:
+        print(f"rank {os.environ['RANK']}: {error}", file=sys.stderr)
+        return 1
     watchdog = Watchdog(cfg.run.deadline_s, Path(cfg.run.root) / cfg.run.name / "hangs")
     try:
         resumed = find(cfg, mesh)
@@ -58,8 +63,11 @@ def run(cfg: Config) -> int:
         run = Run(cfg, mesh.rank, mesh.world_size, mesh.describe(), name, watchdog, resumed)
         ALGORITHMS[cfg.algorithm](cfg, run, mesh)
         run.finish()
-        if run.stopped is not None and mesh.rank == 0:  # while all are here: srun ends those that are left
-            print(f"{run.stopped}. Exit code {EXIT_REQUEUE}: the same command goes on from there", file=sys.stderr)
+        if run.stopped is not None:  # said while all are here: srun ends those that are left
+            if saved := os.environ.get(SAVED):
+                Path(saved).touch()
+            if mesh.rank == 0:
+                print(f"{run.stopped}. Exit code {EXIT_REQUEUE}: the same command goes on from there", file=sys.stderr)
         mesh.close()
     except BaseException as error:
         if not isinstance(error, told):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,8 +15,9 @@ import torch
 from megarl.checkpoint import folder as disk
 from megarl.checkpoint.guard import Guard
 from megarl.checkpoint.metadata import refuse_code
+from megarl.checkpoint.retention import best_first, export_name, forget, prune
 from megarl.checkpoint.state import join, rectangles, split
-from megarl.config import GuardConfig
+from megarl.config import CheckpointConfig, GuardConfig
 from megarl.observe.lock import FolderInUse, RunLock
 
 ROOT = Path(__file__).parents[1]
@@ -117,79 +117,54 @@ def test_retention(rules, kept):
     assert disk.kept(metrics, **everything) == kept
 
 
-WRITER = """
-import os, signal, sys
-from pathlib import Path
-root, at = Path(sys.argv[1]), int(sys.argv[2])
-events = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
-seen = 0
-def hook(event, args):
-    global seen
-    if event in events and args and str(args[0]).startswith(str(root)):
-        if seen == at:
-            os.kill(os.getpid(), signal.SIGKILL)
-        seen += 1
-from tests.test_checkpoint import save
-from megarl.checkpoint import folder as disk
-sys.addaudithook(hook)
-save(root, 20, b"new" * 1000)
-disk.discard(root / disk.name_of(10))
-print(seen)
-"""
+def test_what_is_not_kept_goes_and_the_best_has_a_pointer(tmp_path):
+    """Of 0.1, 0.9, NaN, 0.5 and nothing, the two best stay beside the newest, with their exports."""
+    root, exports = tmp_path / "checkpoints", tmp_path / "hf"
+    cfg = CheckpointConfig(keep_last=1, keep_top_k=2, metric_name="val/accuracy")
+    for step, metric in {10: 0.1, 20: 0.9, 30: float("nan"), 40: 0.5, 50: None}.items():
+        save(root, step, metric=metric)
+        (exports / export_name(step)).mkdir(parents=True)
+        prune(root, exports, cfg, step)
+        assert disk.pointed(root, disk.BEST) == {10: 10}.get(step, 20)
+    assert [disk.step_of(path) for path in disk.finished(root)] == [50, 40, 20]
+    assert sorted(path.name for path in exports.iterdir()) == ["step_000020", "step_000040", "step_000050"]
+    assert [disk.step_of(path) for path in best_first(root, higher_is_better=True)] == [20, 40]
+    assert [disk.step_of(path) for path in best_first(root, higher_is_better=False)] == [40, 20]
 
 
-def write(root, at, limit=None):
-    """A process that has `at` accesses to the disk before it is killed, and may write files of `limit` bytes."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-
-    def restrict():
-        if limit is not None:
-            import resource
-
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
-
-    command = [sys.executable, "-c", WRITER, str(root), str(at)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, preexec_fn=restrict)
+def test_exports_alone_are_kept_by_the_same_rules(tmp_path):
+    cfg = CheckpointConfig(save_contents=["hf"], keep_last=2, keep_every=20)
+    for step in (10, 20, 30, 40, 50):
+        (tmp_path / "hf" / export_name(step)).mkdir(parents=True)
+        prune(tmp_path / "checkpoints", tmp_path / "hf", cfg, step)
+    assert sorted(path.name for path in (tmp_path / "hf").iterdir()) == [export_name(step) for step in (20, 40, 50)]
 
 
-def newest_whole(root):
-    for folder in disk.finished(root):
-        try:
-            return disk.verify(folder).step
-        except disk.Broken:
-            continue
-    return None
-
-
-@pytest.mark.slow
-def test_killed_at_every_write_point(tmp_path):
-    """Whenever it dies, the newest checkpoint that has its name verifies: nothing half-written is ever taken."""
-    save(tmp_path / "whole", 10)
-    points = int(write(tmp_path / "whole", -1).stdout)
-    assert points > 15
-    outcomes = []
-    for at in range(points):
-        root = tmp_path / str(at)
-        save(root, 10)
-        assert write(root, at).returncode == -signal.SIGKILL
-        names = [disk.step_of(path) for path in disk.finished(root)]
-        outcomes.append(newest_whole(root))
-        assert outcomes[-1] == names[0], (at, names)
-        for path in disk.leftovers(root):
-            disk.remove(path)
-        save(root, 30)
-        assert disk.leftovers(root) == [] and newest_whole(root) == 30 == disk.pointed(root)
-    assert outcomes == sorted(outcomes) and set(outcomes) == {10, 20}
+def test_a_run_that_is_back_at_a_step_forgets_what_came_from_the_bad_one_on(tmp_path):
+    for step in (10, 20, 30):
+        save(tmp_path, step)
+        (tmp_path / "hf" / export_name(step)).mkdir(parents=True)
+    forget(tmp_path, tmp_path / "hf", 10, bad=20)
+    assert [disk.step_of(path) for path in disk.finished(tmp_path)] == [10] and disk.pointed(tmp_path) == 10
+    assert [path.name for path in (tmp_path / "hf").iterdir()] == [export_name(10)]
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
+    """In a process that may write files of 2,000 bytes."""
     save(tmp_path, 10)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "environ", os.environ | {"PYTHONPATH": str(ROOT)})
-        done = write(tmp_path, -1, limit=2000)
-    assert done.returncode != 0
-    assert newest_whole(tmp_path) == 10 == disk.pointed(tmp_path)
+    code = f"""
+import resource
+from pathlib import Path
+from megarl.checkpoint import folder as disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+disk.write_file(disk.begin(Path({str(tmp_path)!r}), 20) / "a.distcp", b"new" * 1000)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert "File too large" in done.stderr and "iter_0000020.incomplete/a.distcp" in done.stderr
+    assert [disk.step_of(path) for path in disk.finished(tmp_path)] == [10] and disk.pointed(tmp_path) == 10
+    assert disk.verify(tmp_path / disk.name_of(10)).step == 10
 
 
 # ---- what is in them -------------------------------------------------------------------------------------------------
@@ -220,11 +195,16 @@ class Canary:
 
 
 def test_metadata_that_would_run_code_is_refused(tmp_path):
-    from torch.distributed.checkpoint.metadata import Metadata, TensorProperties
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, TensorProperties
 
     good, bad = tmp_path / "good", tmp_path / "bad"
     good.write_bytes(pickle.dumps(Metadata({}, TensorProperties(torch.bfloat16))))
     refuse_code(good)
+    good.write_bytes(pickle.dumps(Metadata({"layer._extra_state/shard_0_1": BytesStorageMetadata()})))
+    refuse_code(good)  # never asked for
+    bad.write_bytes(pickle.dumps(Metadata({"layer.weight": BytesStorageMetadata()})))
+    with pytest.raises(disk.Broken, match=r"bad: 'layer.weight' is to be unpickled"):
+        refuse_code(bad)
     bad.write_bytes(pickle.dumps(Metadata({}, Canary())))
     with pytest.raises(disk.Broken, match=r"bad: .*posix\.mkdir"):
         refuse_code(bad)

@@ -94,7 +94,7 @@ def test_config_names_problems(recipe: str, capsys: pytest.CaptureFixture[str]) 
 def test_launch_line_of_one_machine(recipe: str) -> None:
     cfg = load([recipe, "cluster.gpus_per_node=3"], check_model=False)
     arguments = torchrun_arguments(cfg, rank_arguments("r.yaml", ["run.seed=1"]))
-    assert arguments[:2] == ["-m", "torch.distributed.run"]
+    assert arguments[:2] == ["-m", "megarl.launch"]
     assert "--nproc-per-node=3" in arguments and "--shutdown-timeout=60" in arguments
     assert arguments[-4:] == ["-m", "megarl.train", "r.yaml", "run.seed=1"]
 
@@ -102,7 +102,7 @@ def test_launch_line_of_one_machine(recipe: str) -> None:
 def test_launch_line_of_several_machines(recipe: str) -> None:
     cfg = load([recipe, "cluster.num_nodes=2", "cluster.gpus_per_node=4"], check_model=False)
     advice = multi_node_advice(cfg, "r.yaml", ["data.system_prompt=be brief"])
-    torchrun = "torchrun --nnodes=2 --nproc-per-node=4 --shutdown-timeout=15"
+    torchrun = "python -m megarl.launch --nnodes=2 --nproc-per-node=4 --shutdown-timeout=60"
     torchrun += " --rdzv-backend=c10d --rdzv-id='my run' --rdzv-endpoint"
     ranks = "-m megarl.train r.yaml 'data.system_prompt=be brief'"
     assert f"  {torchrun}=HEAD:29500 {ranks}\n" in advice
@@ -112,10 +112,14 @@ def test_launch_line_of_several_machines(recipe: str) -> None:
 def test_ranks_learn_the_process_id_of_their_launcher(recipe: str, tmp_path: Path) -> None:
     """`megarl train` becomes torchrun: the id it leaves for the ranks is that of the process they descend from."""
     package = tmp_path / "torch" / "distributed"
-    package.mkdir(parents=True)
-    (package.parent / "__init__.py").touch()
-    (package / "__init__.py").touch()
-    (package / "run.py").write_text("import os; print(os.environ.get('MEGARL_LAUNCHER'), os.getpid())")
+    elastic = package / "elastic" / "multiprocessing"
+    elastic.mkdir(parents=True)
+    for folder in (package.parent, package, package / "elastic", elastic):
+        (folder / "__init__.py").touch()
+    (elastic / "api.py").write_text("class SignalException(Exception): pass")
+    (elastic / "errors.py").write_text("class ChildFailedError(Exception): pass")
+    run = "import os\nparse_args = list\ndef run(args): print(os.environ.get('MEGARL_LAUNCHER'), os.getpid())"
+    (package / "run.py").write_text(run)
     (tmp_path / "model").mkdir()
     config = {"architectures": ["LlamaForCausalLM"], "num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 64}
     config |= {"intermediate_size": 64, "num_attention_heads": 2, "max_position_embeddings": 4096, "rms_norm_eps": 1e-6}

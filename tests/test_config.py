@@ -13,6 +13,7 @@ import pytest
 
 from megarl.config import Config, ConfigError, load, save, world_size
 from megarl.config.machine import check_gpus, transformer_config_fields
+from megarl.config.running import duration_seconds
 from megarl.config.values import OWNED_OVERRIDES, RANGES, in_interval
 
 HF_CONFIG = {
@@ -292,6 +293,24 @@ BATCH, GROUP = "train.train_global_batch_size", "rollout.num_generations_per_pro
         ),
         ({"model.recompute_method": "block"}, "goes with full recompute"),
         ({FIRST: 3}, "needs more than one stage"),
+        ({"checkpoint.resume_mode": "resume_path"}, "resume_from_path = null: the path goes with resume_path"),
+        ({"checkpoint.resume_from_path": "x"}, "resume_mode = auto and checkpoint.resume_from_path = x"),
+        ({"checkpoint.resume_mode": "best"}, "resume_mode = best needs checkpoint.metric_name"),
+        ({"checkpoint.checkpoint_must_save_by": "'4:00:00'"}, "'4:00:00' is not DD:HH:MM:SS, in quotes"),
+        ({"checkpoint.keep_top_k": 2}, "keep_top_k = 2 and checkpoint.metric_name = null need both"),
+        ({"checkpoint.metric_name": "val/accuracy"}, "keep_top_k = 0 and checkpoint.metric_name = val/accuracy"),
+        (
+            {"checkpoint.keep_top_k": 1, "checkpoint.metric_name": "x", "checkpoint.save_contents": "[hf]"},
+            "keep_top_k = 1 needs model in save_contents",
+        ),
+        ({"checkpoint.save_contents": "[optimizer]"}, "has optimizer without model"),
+        ({"guard.on_spike": "rollback"}, "guard.on_spike = rollback needs checkpoints to go back to"),
+        ({"guard.on_bad_steps": "rollback"}, "guard.on_bad_steps = rollback needs checkpoints to go back to"),
+        (
+            {"guard.on_spike": "rollback", "checkpoint.save_period": 2, "checkpoint.save_contents": "[model]"},
+            "set checkpoint.save_period, and model and optimizer",
+        ),
+        ({"reward.pass_env": "[JUDGE_KEY=sk-1]"}, "reward.pass_env: 'JUDGE_KEY'... is no name of an environment"),
     ],
 )
 def test_sizes_that_do_not_fit(recipe: Callable[..., Path], settings: dict[str, Any], said: str) -> None:
@@ -321,6 +340,12 @@ def test_models_that_do_not_fit(
     found = problems(recipe(**hf), *overrides(settings))
     assert len(found) == 1, found
     assert said in found[0]
+
+
+def test_durations_in_seconds() -> None:
+    """1 day, 2 hours, 3 minutes, 4 seconds."""
+    assert duration_seconds("01:02:03:04") == 86400 + 7200 + 180 + 4
+    assert [duration_seconds(text) for text in ("1:2:3:4", "02:03:04", "00:00:00:00:00", "x")] == [None] * 4
 
 
 @pytest.mark.parametrize(("stages", "first", "last"), [(4, 2, 2), (2, 3, 7), (3, None, 2), (5, None, None)], ids=str)

@@ -4,6 +4,7 @@ comments."""
 import io
 import json
 import math
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -175,6 +176,28 @@ def test_lines_of_a_step_are_merged_and_a_half_written_one_is_dropped(tmp_path: 
         {"step": 2, "reward/mean": 0.25, "val/accuracy": 0.5},
         {"step": 3, "reward/mean": 0.3},
     ]
+
+
+def test_lines_wait_while_the_disk_takes_none(tmp_path: Path) -> None:
+    """In a process that may write 25 bytes: two lines of 10, a half, and the rest once there is room again."""
+    code = f"""
+import resource
+from pathlib import Path
+from megarl.observe.journal import Journal
+journal = Journal(Path({str(tmp_path / "lines")!r}))
+resource.setrlimit(resource.RLIMIT_FSIZE, (25, resource.RLIM_INFINITY))
+for number in range(4):
+    journal.append([f"line {{number:04d}}"])
+print(Path(journal.path).read_text())
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+journal.append(["the last"])
+journal.close()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "line 0000\nline 0001\nline \n"
+    assert done.stderr.count("waits in memory") == 1 and "File too large" in done.stderr
+    lines = (tmp_path / "lines").read_text().split("\n")
+    assert lines == ["line 0000", "line 0001", "line 0002", "line 0003", "the last", ""]
 
 
 def test_a_broken_metrics_line_is_named(tmp_path: Path) -> None:
@@ -391,6 +414,14 @@ def test_every_epoch_counts_as_work(new_run: Callable[..., Run], clock: Clock) -
         used.append(record["perf/mfu"])
     assert used[0] == pytest.approx(3 * (2 * 1232 * 4 + 320) / (2.0 * 2 * 989e12))  # tests/test_flops.py; 2 s, 2 GPUs
     assert used[1] == pytest.approx(4 * used[0])
+
+
+def test_a_clock_that_is_set_moves_no_time_limit(new_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    run, now = new_run(), time.time()
+    before = run.seconds()
+    for jump in (-86400, 86400):
+        monkeypatch.setattr(time, "time", lambda jump=jump: now + jump)
+        assert 0 <= run.seconds() - before < 10
 
 
 def test_no_event_is_lost(new_run: Callable[..., Run], capsys: pytest.CaptureFixture[str]) -> None:

@@ -209,6 +209,32 @@ def test_printing_and_reading_do_not_disturb_the_pipe(capfd: pytest.CaptureFixtu
     assert capfd.readouterr().out.count("x") == 800_000
 
 
+def test_a_reward_sees_no_secrets_of_the_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what a program needs to run, and what the recipe names."""
+    names = ["WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "DB_PASSWORD", "http_proxy", "SLURM_JOB_ID"]
+    for name in names:
+        monkeypatch.setenv(name, "0123456789")
+    monkeypatch.setenv("LC_TIME", "C")
+    samples = [sample(i, answers=name) for i, name in enumerate([*names, "PATH", "LC_TIME"])]
+    workers = RewardWorkers(config("misbehaving:spies"))
+    assert [r.total for r in workers.score(samples)] == [-1.0] * 6 + [len(os.environ["PATH"]), 1.0]
+    workers.close()
+    workers = RewardWorkers(config("misbehaving:spies", pass_env=["HF_TOKEN"]))
+    assert [r.total for r in workers.score(samples)][:3] == [-1.0, 10.0, -1.0]
+    workers.close()
+
+
+def test_a_reward_that_draws_lots_draws_the_same_for_the_same_sample() -> None:
+    """In other workers, in another order, after other samples."""
+    samples = [sample(i, completions="x" * i) for i in range(40)]
+    scores = []
+    for number, order in ((1, samples), (3, samples[::-1])):
+        workers = RewardWorkers(config("misbehaving:draws_lots", workers=number))
+        scores.append({s.prompt_id: r.total for s, r in zip(order, workers.score(order), strict=True)})
+        workers.close()
+    assert scores[0] == scores[1] and len(set(scores[0].values())) == 40
+
+
 def test_a_worker_that_dies_idle_is_replaced_without_an_event() -> None:
     workers = RewardWorkers(config("misbehaving:length"))
     victim = workers.workers[0].process

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
+import re
 import subprocess
 from pathlib import Path
 
@@ -11,7 +11,8 @@ import pytest
 
 from megarl.cli import main
 from megarl.config import load
-from megarl.submit import SLURM, Job, SubmitError, check, script, seconds_of, variants
+from megarl.config.running import duration_seconds
+from megarl.submit import SLURM, Job, SubmitError, check, duration, script, seconds_of, variants
 
 ROOT = Path(__file__).parents[1]
 RECIPE = str(ROOT / "examples" / "llama3.3_70b_math_grpo.yaml")
@@ -35,6 +36,17 @@ def test_time_limits_as_slurm_writes_them(limit, seconds):
     assert seconds_of(limit) == seconds
 
 
+@pytest.mark.parametrize("seconds, text", [(1, "000:00:00:01"), (93784, "001:02:03:04"), (864000, "010:00:00:00")])
+def test_durations_as_the_config_takes_them(seconds, text):
+    assert duration(seconds) == text and duration_seconds(text) == seconds
+
+
+def test_a_recipe_s_own_time_stays():
+    own = config("checkpoint.checkpoint_must_save_by=00:01:00:00")
+    assert "must_save_by" not in script(own, Job(nodes=8, time="4:00:00"), RECIPE, [])
+    assert "must_save_by" not in script(config(), Job(nodes=8), RECIPE, [])
+
+
 def test_dry_run_of_the_70b_recipe(capsys):
     options = ["--nodes", "16", "--time", "4:00:00", "--partition", "h100", "--sbatch=--qos=high", "--dry-run"]
     assert main(["submit", RECIPE, "optimizer.lr=2e-6", *options]) == 0
@@ -42,7 +54,8 @@ def test_dry_run_of_the_70b_recipe(capsys):
     for line in ("--nodes=16", "--ntasks-per-node=8", "--gpus-per-node=8", "--time=4:00:00", "--signal=USR1@300"):
         assert f"#SBATCH {line}\n" in printed
     assert "#SBATCH --requeue\n" in printed and "#SBATCH --qos=high\n" in printed
-    assert f"arguments=({RECIPE} optimizer.lr=2e-6 cluster.num_nodes=16 checkpoint.resume_mode=continue)" in printed
+    assert f"arguments=({RECIPE} optimizer.lr=2e-6 cluster.num_nodes=16 checkpoint.resume_mode=continue " in printed
+    assert "checkpoint.checkpoint_must_save_by=000:03:55:00)\n" in printed  # 4 hours less 300 s
     assert subprocess.run(["bash", "-n"], input=printed, text=True, check=False).returncode == 0
 
 
@@ -75,7 +88,7 @@ def test_a_sweep_is_an_array_of_runs_with_names_of_their_own():
         (Job(8, time="5:00"), [], "leaves nothing before --grace 300"),
         (Job(8, time="soon"), [], "is no time limit of Slurm's"),
         (Job(8), ["checkpoint.save_contents=[hf]"], "must have model and optimizer"),
-        (Job(8), ["checkpoint.resume_mode=disable"], "would begin again each time"),
+        (Job(8), ["checkpoint.resume_mode=disable"], "would begin again there each time"),
         (Job(8, sweep=("optimizer.lr",)), [], "is not KEY=V1,V2"),
     ],
 )
@@ -87,6 +100,17 @@ def test_what_could_not_work_is_refused(job, overrides, said):
 def test_the_scripts_are_shell():
     for path in (SLURM / "train.sbatch", SLURM / "train_async.sbatch", SLURM / "env.sh"):
         assert subprocess.run(["bash", "-n", str(path)], check=False).returncode == 0
+
+
+ELSEWHERE = "rank {} on {} in phase 'train': other ranks: all of them run, in another phase: {}"
+# Three ranks wait for the fourth, which is alone in its phase and says so of all of them.
+ONE_STUCK = "\n".join(
+    [
+        *(ELSEWHERE.format(k, f"n{k}", "rank 3 on n3 (phase 'reward', 60 s in it)") for k in range(3)),
+        ELSEWHERE.format(3, "n3", ", ".join(f"rank {k} on n{k} (phase 'train', 59 s in it)" for k in range(3))),
+    ]
+)
+TWO_LATE = "\n".join(f"rank {k} on n{k} in phase 'train': over the deadline of 6 s (run.deadline_s)" for k in range(2))
 
 
 def fake_slurm(folder, srun):
@@ -112,21 +136,21 @@ def fake_slurm(folder, srun):
         (2, "", ""),
         (1, "ValueError: no", ""),
         (1, "other ranks: no longer running: rank 3 on n2 (phase 'train')", "sbatch --exclude=n2 job.sh"),
+        (1, ONE_STUCK, "sbatch --exclude=n3 job.sh"),
+        (
+            124,
+            "rank 1 on n2 in phase 'reward': over the deadline of 6 s (run.deadline_s)",
+            "sbatch --exclude=n2 job.sh",
+        ),
+        (124, TWO_LATE, ""),
     ],
 )
 def test_what_follows_from_how_the_ranks_end(tmp_path, code, said, called):
     """The shell around srun, with Slurm's commands replaced by ones that write down how they were called."""
-    fake_slurm(tmp_path, f'echo "{said}" >&2\nexit {code}')
-    names = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-2]", "MEGARL_SLURM": str(SLURM), "MEGARL_JOB": "job.sh"}
-    environment = (
-        os.environ | names | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MEGARL_LOGS": str(tmp_path / "logs")}
-    )
-    script_path = str(SLURM / "train.sbatch")
-    done = subprocess.run(["bash", script_path, "r.yaml"], env=environment, capture_output=True, text=True, timeout=60)
+    done, follow = run_batch_script(tmp_path, f'echo "{said}" >&2\nexit {code}')
     assert done.returncode == code, done.stderr
-    calls = (tmp_path / "calls").read_text().splitlines()
-    follow = [call for call in calls if call.startswith(("sbatch", "scontrol requeue"))]
     assert follow == ([called] if called else [])
+    calls = (tmp_path / "calls").read_text().splitlines()
     assert "srun --kill-on-bad-exit=1" in "".join(calls) and any(call.endswith("megarl r.yaml") for call in calls)
 
 
@@ -169,42 +193,61 @@ def test_two_steps_on_nodes_of_their_own(tmp_path):
     assert refused.returncode == 2 and "leave none to train" in refused.stderr
 
 
-@pytest.mark.slurm
-@pytest.mark.skipif(shutil.which("sbatch") is None, reason="needs a Slurm cluster")
-def test_a_job_of_two_nodes_is_told_to_save_and_goes_on(tiny_chat_model, tmp_path):
-    """On a real cluster with two free nodes that share this file system."""
-    import json
-    import time
+def run_batch_script(folder, srun, **names):
+    """What the job's shell called afterwards."""
+    fake_slurm(folder, srun)
+    names = {
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n[1-2]",
+        "MEGARL_SLURM": str(SLURM),
+        "MEGARL_JOB": "job.sh",
+    } | names
+    environment = os.environ | {"PATH": f"{folder}:{os.environ['PATH']}", "MEGARL_LOGS": str(folder / "logs")} | names
+    command = ["bash", str(SLURM / "train.sbatch"), "r.yaml"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    calls = (folder / "calls").read_text().splitlines()
+    return done, [call for call in calls if call.startswith(("sbatch", "scontrol requeue"))]
 
-    from megarl.observe.metrics import read_metrics
 
-    rows = [{"prompt": f"{a}+{b}=", "response": str(a + b)} for a in range(5) for b in range(5)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        f"algorithm: sft\ncluster: {{gpus_per_node: 1, num_nodes: 2, device: cpu}}\n"
-        f"run: {{name: two, root: {tmp_path}, max_num_steps: 200, max_num_epochs: 999, deadline_s: 120}}\n"
-        f"model: {{path: {tiny_chat_model}, dtype: fp32}}\n"
-        f"train: {{train_global_batch_size: 8, train_mb_tokens: 200}}\n"
-        f"data: {{path: {tmp_path / 'rows.jsonl'}, apply_chat_template: false, max_prompt_length: 8}}\n"
-        f"checkpoint: {{save_contents: [model, optimizer]}}\n"
-    )
-    metrics = tmp_path / "two" / "metrics.jsonl"
-    assert main(["submit", str(recipe), "--time", "20:00"]) == 0
+GONE = "other ranks: no longer running: rank 3 on {} (phase 'train')"
 
-    def wait(what, seconds=240):
-        end = time.monotonic() + seconds
-        while not what():
-            assert time.monotonic() < end, [p.read_text() for p in (tmp_path / "two" / "slurm").glob("*.out")]
-            time.sleep(0.5)
 
-    wait(lambda: metrics.exists() and metrics.read_text().count("\n") > 20)
-    subprocess.run(["scancel", "--signal=USR1", "--name=two"], check=True)
-    out = next((tmp_path / "two" / "slurm").glob("*.out"))
-    wait(lambda: "queued again" in out.read_text())
-    wait(lambda: " done\n" in out.read_text(), 400)  # Slurm waits two minutes before it starts a job again
-    assert "resumed from step" in out.read_text()
-    assert [record["step"] for record in read_metrics(tmp_path / "two")] == list(range(1, 201))
+def test_what_an_earlier_start_said_of_a_node_counts_no_more(tmp_path):
+    """Start 1 lost n2. Start 2 loses n5, and a rank's log of start 1 is still there."""
+    say = f'mkdir -p {tmp_path}/logs/start_$((SLURM_RESTART_COUNT + 1)); for k in 1 2; do echo "{{}}" '
+    say += f">> {tmp_path}/logs/start_$((SLURM_RESTART_COUNT + 1))/rank_$k.log; done; exit 1"
+    first = run_batch_script(tmp_path, say.format(GONE.format("n2")), SLURM_RESTART_COUNT="0")[1]
+    assert first == ["sbatch --exclude=n2 job.sh"]
+    said = f'echo "{GONE.format("n5")}" >&2; exit 1'
+    assert run_batch_script(tmp_path, said, SLURM_RESTART_COUNT="1")[1] == ["sbatch --exclude=n5 job.sh"]
+
+
+def test_of_a_sweep_only_the_run_that_failed_is_submitted_again(tmp_path):
+    said = f'echo "{GONE.format("n2")}" >&2; exit 1'
+    done, calls = run_batch_script(tmp_path, said, SLURM_ARRAY_TASK_ID="3", MEGARL_EXCLUDED="n9")
+    assert done.returncode == 1 and calls == ["sbatch --array=3 --exclude=n9,n2 job.sh"]
+
+
+def test_the_users_own_exclusions_go_on():
+    text = script(config(), Job(nodes=8, exclude="n[1-2]"), RECIPE, [])
+    assert "#SBATCH --exclude=n[1-2]\n" in text and "export MEGARL_EXCLUDED=${MEGARL_EXCLUDED:-'n[1-2]'}\n" in text
+
+
+LARGE = [
+    path
+    for path in sorted((ROOT / "examples").rglob("*.yaml"))
+    if re.search(r"num_nodes: *([2-9]|\d\d)", path.read_text())
+]
+
+
+@pytest.mark.parametrize("recipe", LARGE, ids=lambda path: path.stem)
+def test_dry_run_of_every_recipe_of_several_nodes(capsys, recipe):
+    cfg = load([str(recipe)], check_model=False)
+    assert main(["submit", str(recipe), "--time", "1-00:00:00", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    ranks = cfg.cluster.num_nodes, cfg.cluster.gpus_per_node
+    assert f"#SBATCH --nodes={ranks[0]}\n#SBATCH --ntasks-per-node={ranks[1]}\n" in printed
+    assert subprocess.run(["bash", "-n"], input=printed, text=True, check=False).returncode == 0
 
 
 def test_check_accepts_the_recipes_that_ship():

@@ -119,6 +119,23 @@ def test_the_seed_decides(engine: VLLMEngine) -> None:
     assert engine.generate(PROMPTS, SAMPLING, seed=2) != first
 
 
+def test_with_seeds_of_their_own_prompts_may_be_divided_over_engines(engine: VLLMEngine) -> None:
+    """All together, or one by one in another order: the same tokens. More tokens than vLLM reads at once (2,048 of
+    80 x 60), so that some prompts would be read in parts, which a generator on a CPU could not follow."""
+    prompts = [[3 + (k * 7 + i) % 90 for i in range(60)] for k in range(80)]
+    seeds = [1000 * k for k in range(80)]
+    sampling = Sampling(n=2, max_tokens=3)
+    together = engine.generate(prompts, sampling, seeds)
+    for k in (79, 0, 41):
+        (alone,) = engine.generate([prompts[k]], sampling, [seeds[k]])
+        assert [c.tokens for c in alone] == [c.tokens for c in together[k]]
+        logps = [np.concatenate([c.logps for c in group]) for group in (alone, together[k])]
+        assert np.allclose(*logps, atol=1e-5)
+    again = engine.generate(prompts, sampling, [seed + 1 for seed in seeds])
+    assert [c.tokens for c in again[5]] != [c.tokens for c in together[5]]
+    assert again[5][0].tokens == together[5][1].tokens  # a group's samples have neighbouring seeds
+
+
 def test_greedy_is_the_argmax_and_may_be_asked_for_n(started: Started, engine: VLLMEngine) -> None:
     groups = engine.generate(PROMPTS, Sampling(n=3, max_tokens=6, temperature=0), seed=0)
     model = AutoModelForCausalLM.from_pretrained(started.model_dir, dtype=torch.float32)

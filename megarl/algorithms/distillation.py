@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from functools import partial
 
-from transformers import AutoTokenizer
-
 from megarl import advantages
 from megarl.algorithms.credit import give, step_of
 from megarl.algorithms.onpolicy import another_model, attach, mean_metrics, prepare
 from megarl.config import Config
 from megarl.data.reading import DataError
+from megarl.data.tokenizer import load_tokenizer
 from megarl.losses.policy import grpo
 from megarl.observe.run import Run
 from megarl.parallel.mesh import Mesh
@@ -53,7 +52,7 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
 
 def check_tokenizers(cfg: Config) -> None:
     """The teacher reads what the policy wrote: a token has to mean the same to both."""
-    student, teacher = (AutoTokenizer.from_pretrained(path).get_vocab() for path in (cfg.model.path, cfg.teacher.path))
+    student, teacher = (load_tokenizer(cfg.model, path).get_vocab() for path in (None, cfg.teacher.path))
     if student != teacher:
         other = sorted(token for token in student.keys() | teacher.keys() if student.get(token) != teacher.get(token))
         raise DataError(

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from megarl.advantages import AdaptiveKL
 from megarl.algorithms.sft import due
@@ -15,6 +15,7 @@ from megarl.checkpoint.checkpoints import Checkpoints, Stateful
 from megarl.config import AdvantageConfig, Config, OptimizerConfig
 from megarl.data.prompts import Prompt, PromptStream, load_prompts
 from megarl.data.records import Sample
+from megarl.data.tokenizer import load_tokenizer
 from megarl.losses.mismatch import MISMATCH_METRICS, check_mismatch, of_fresh
 from megarl.model.engine import Engine, HostWeights
 from megarl.model.family import read_spec
@@ -106,7 +107,7 @@ def prepare(cfg: Config, run: Run, mesh: Mesh, *, reference: bool) -> Parts:
         reference: whether to keep the policy as it is now.
     """
     with run.phase("load"):
-        tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
+        tokenizer = load_tokenizer(cfg.model)
         prompts = load_prompts(cfg.data, tokenizer)
         run.dropped(prompts.dropped, kept=len(prompts))
         held_out = load_prompts(cfg.data, tokenizer, validation=True) if cfg.data.val_path else []

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from transformers import AutoTokenizer
 
 from megarl.algorithms.reference import Reference, labels_of, ratios
 from megarl.algorithms.sft import deal, steps_of
@@ -20,6 +19,7 @@ from megarl.data.preferences import Pair, load_pairs, need_scores
 from megarl.data.prompts import PromptStream
 from megarl.data.reading import DataError
 from megarl.data.records import Sample
+from megarl.data.tokenizer import load_tokenizer
 from megarl.losses.preference import NEEDS_REWARDS, REFERENCE_FREE, longpo_tokens, preference_tokens
 from megarl.losses.unpaired import RewardShift
 from megarl.model.engine import Engine
@@ -35,7 +35,7 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
     with run.phase("load"):
         spec = read_spec(cfg.model.path)
         longest = min(spec.max_position_embeddings, longest_in_microbatch(cfg, 2) + 1)  # a microbatch holds a pair
-        pairs = load_pairs(cfg.data, AutoTokenizer.from_pretrained(cfg.model.path), longest)
+        pairs = load_pairs(cfg.data, load_tokenizer(cfg.model), longest)
         if name in NEEDS_REWARDS:
             need_scores(pairs, cfg.data, f"preference.loss = {name}")
         run.dropped(pairs.dropped, kept=len(pairs))

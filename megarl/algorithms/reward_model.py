@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from functools import partial
 
-from transformers import AutoTokenizer
-
 from megarl.algorithms.preference import named
 from megarl.algorithms.sft import deal, steps_of
 from megarl.checkpoint.checkpoints import Checkpoints
@@ -18,6 +16,7 @@ from megarl.config.sizes import longest_in_microbatch
 from megarl.data.preferences import Pair, load_pairs, need_scores
 from megarl.data.prompts import PromptStream
 from megarl.data.records import Sample
+from megarl.data.tokenizer import load_tokenizer
 from megarl.losses.reward_model import bradley_terry_tokens
 from megarl.model.engine import Engine
 from megarl.model.family import read_spec
@@ -30,7 +29,7 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
     with run.phase("load"):
         spec = read_spec(cfg.model.path).with_scalar_head()
         longest = min(spec.max_position_embeddings, longest_in_microbatch(cfg, 2))  # a microbatch holds a pair
-        pairs = load_pairs(cfg.data, AutoTokenizer.from_pretrained(cfg.model.path), longest)
+        pairs = load_pairs(cfg.data, load_tokenizer(cfg.model), longest)
         if cfg.preference.margin_from_scores:
             need_scores(pairs, cfg.data, "preference.margin_from_scores = true")
         run.dropped(pairs.dropped, kept=len(pairs))

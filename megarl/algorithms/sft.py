@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-from transformers import AutoTokenizer
-
 from megarl.checkpoint.checkpoints import Checkpoints
 from megarl.config import Config
 from megarl.config.sizes import longest_in_microbatch
@@ -14,6 +12,7 @@ from megarl.data.packing import balance
 from megarl.data.prompts import PromptStream
 from megarl.data.records import Sample
 from megarl.data.sft import load_examples
+from megarl.data.tokenizer import load_tokenizer
 from megarl.losses.sft import sft
 from megarl.model.engine import Engine
 from megarl.model.family import read_spec
@@ -28,7 +27,7 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
     with run.phase("load"):
         spec = read_spec(cfg.model.path)
         longest = min(spec.max_position_embeddings, longest_in_microbatch(cfg) + 1)  # the last token is only a target
-        examples = load_examples(cfg.data, AutoTokenizer.from_pretrained(cfg.model.path), longest)
+        examples = load_examples(cfg.data, load_tokenizer(cfg.model), longest)
         run.dropped(examples.dropped, kept=len(examples))
         stream = PromptStream(examples, cfg.run.seed, cfg.data.shuffle)
         steps = steps_of(cfg, len(examples))

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from transformers import AutoTokenizer
 
 from megarl.algorithms.preference import named
 from megarl.algorithms.reference import Reference, labels_of, ratios
@@ -22,6 +21,7 @@ from megarl.config.sizes import longest_in_microbatch
 from megarl.data.density import desirable_probability
 from megarl.data.prompts import PromptStream
 from megarl.data.records import Sample
+from megarl.data.tokenizer import load_tokenizer
 from megarl.data.unpaired import Labelled, load_unpaired
 from megarl.losses.unpaired import RewardShift, density_ratio, kl_baseline, mismatched, unpaired_tokens
 from megarl.model.engine import Engine
@@ -35,7 +35,7 @@ def train(cfg: Config, run: Run, mesh: Mesh) -> None:
     with run.phase("load"):
         spec = read_spec(cfg.model.path)
         longest = min(spec.max_position_embeddings, longest_in_microbatch(cfg) + 1)
-        examples = load_unpaired(cfg.data, AutoTokenizer.from_pretrained(cfg.model.path), longest)
+        examples = load_unpaired(cfg.data, load_tokenizer(cfg.model), longest)
         run.dropped(examples.dropped, kept=len(examples))
         stream = PromptStream(examples, cfg.run.seed, cfg.data.shuffle)
         steps = steps_of(cfg, len(examples))

@@ -38,8 +38,8 @@ from safetensors.torch import save as safetensors_bytes
 from megarl.checkpoint import folder as disk
 from megarl.checkpoint.folder import CHECKPOINTS, CONFIG, FileEntry, Manifest
 from megarl.checkpoint.guard import Guard
-from megarl.checkpoint.metadata import refuse_code
 from megarl.checkpoint.resume import changes, length_of, verified
+from megarl.checkpoint.retention import export_name, forget, prune
 from megarl.checkpoint.state import (
     engine_state,
     join,
@@ -48,10 +48,11 @@ from megarl.checkpoint.state import (
     rng_state,
     sharded_state,
     split,
+    tensors_of,
 )
-from megarl.checkpoint.writer import METADATA, DistWriter, Share, free_bytes
+from megarl.checkpoint.writer import DistWriter, Share, free_bytes
 from megarl.config import Config
-from megarl.config.values import duration_seconds
+from megarl.config.running import duration_seconds
 from megarl.model.engine import Engine, NonFiniteError
 from megarl.observe.run import MODELS_FOLDER, ResumedFrom, Run
 from megarl.parallel.collectives import gather_objects
@@ -99,6 +100,7 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="megarl-checkpoint")
         self._saving: _Saving | None = None
         self._saved = 0  # the last step that was saved, or is being saved
+        self._ending = False  # there will be no later save
         self._refused: list[NonFiniteError] = []
         for engine in self.engines.values():
             engine.refused = self._refused.append
@@ -203,6 +205,7 @@ class Checkpoints:
     def _stop(self) -> None:
         """Save, and let the loop end."""
         why = next(filter(None, gather_objects(self.run.stop_requested(), self.mesh.host_group)), "told to stop")
+        self._ending = True
         with self.run.phase("save"):
             self._complete(wait=True)
             if self._saved < self.step and "model" in self.cfg.checkpoint.save_contents:
@@ -218,10 +221,11 @@ class Checkpoints:
         )
 
     def _roll_back(self) -> None:
-        """Go back to the newest checkpoint that verifies; the data goes on where it is."""
+        """Go back to the newest checkpoint before this step that verifies; the data goes on where it is. A checkpoint
+        of this step, which a jump may have had, is removed."""
         self._complete(wait=True)
         stream = self.parts[STREAM].state_dict() if STREAM in self.parts else None
-        folders = [disk.finished(self.root)]
+        folders = [[path for path in disk.finished(self.root) if (disk.step_of(path) or 0) < self.step]]
         dist.broadcast_object_list(folders, 0, group=self.mesh.host_group)
         for folder in folders[0]:
             manifest, why = verified(folder, self.mesh)
@@ -233,11 +237,13 @@ class Checkpoints:
             self.guard.rollbacks, self.guard.bad_in_a_row = rollbacks, 0
             if stream is not None:
                 self.parts[STREAM].load_state_dict(stream)
+            if self.mesh.rank == 0:
+                forget(self.root, self.run.dir / MODELS_FOLDER, manifest.step, self.step)
             said = f"back from step {self.step} to {manifest.step}; the data in between is left out"
             self.run.events(self.step, [said], kind="rollback")
             self.step = self._saved = manifest.step
             return
-        raise CheckpointError(f"{self.root}: there is no checkpoint to go back to")
+        raise CheckpointError(f"{self.root}: there is no checkpoint before step {self.step} to go back to")
 
     @contextlib.contextmanager
     def _resident(self) -> Iterator[None]:
@@ -281,7 +287,7 @@ class Checkpoints:
                 made = [None, str(reason)]
         dist.broadcast_object_list(made, 0, group=self.mesh.host_group)
         if made[1] is not None:
-            self._failed(step, made[1])
+            self._failed(step, "checkpoint", made[1])
         return made[0]
 
     def _own_state(self) -> bytes:
@@ -313,19 +319,19 @@ class Checkpoints:
             outcome = [self._publish(saving, gathered)]
         dist.broadcast_object_list(outcome, 0, group=self.mesh.host_group)
         if outcome[0] is not None:
-            self._failed(saving.step, outcome[0])
+            self._failed(saving.step, "checkpoint", outcome[0])
             return
+        self._prune(saving.step)
         seconds = time.monotonic() - saving.started
         self.run.later({"checkpoint/total_s": seconds, "checkpoint/step": float(saving.step)})
 
     def _publish(self, saving: _Saving, gathered: list[Any]) -> str | None:
-        """Rank 0: tie the ranks' files together, give the checkpoint its name, and remove what is not kept any more.
-        Returns what went wrong."""
+        """Rank 0: tie the ranks' files together, and give the checkpoint its name. Returns what went wrong; then
+        nothing of it stays on the disk, which may be full."""
         errors = [error for _, _, error in gathered if error]
         try:
             if errors:
-                disk.remove(saving.folder)
-                return errors[0]
+                raise OSError(errors[0])
             files = {name: entry for _, entries, _ in gathered for name, entry in entries.items()}
             files |= DistWriter.finish(saving.share, [results for results, _, _ in gathered])
             manifest = Manifest(
@@ -338,55 +344,55 @@ class Checkpoints:
                 files=files,
             )
             disk.publish(saving.folder, manifest)
-            self._prune(manifest)
         except Exception as reason:  # the other ranks wait to hear of it
-            return f"rank 0: {type(reason).__name__}: {reason}"
+            if not saving.folder.exists():  # it has its name: only what comes after failed, which no resume reads
+                self.run.events(saving.step, [f"{disk.name_of(saving.step)} is whole, but: {reason}"], "checkpoint")
+                return None
+            with contextlib.suppress(OSError):
+                disk.remove(saving.folder)
+            return errors[0] if errors else f"rank 0: {type(reason).__name__}: {reason}"
         return None
 
-    def _prune(self, newest: Manifest) -> None:
-        c = self.cfg.checkpoint
-        metrics: dict[int, float | None] = {}
-        folders = {step: path for path in disk.finished(self.root) if (step := disk.step_of(path)) is not None}
-        for step, path in folders.items():
+    def _prune(self, newest: int) -> None:
+        """Remove what is not kept any more. What the disk does not let go of is no reason to end a run."""
+        if self.mesh.rank == 0:
             try:
-                metrics[step] = Manifest.read(path).metric
-            except disk.Broken:
-                continue  # stays for somebody to look at, and counts for nothing
-        keep = disk.kept(
-            {step: metric for step, metric in metrics.items() if step <= newest.step},
-            keep_last=c.keep_last,
-            keep_every=c.keep_every,
-            keep_top_k=c.keep_top_k,
-            higher_is_better=c.higher_is_better,
-        )
-        for step in metrics:
-            if step not in keep and step < newest.step:
-                disk.discard(folders[step])
-                disk.remove(self.run.dir / MODELS_FOLDER / export_name(step))
+                prune(self.root, self.run.dir / MODELS_FOLDER, self.cfg.checkpoint, newest)
+            except OSError as reason:
+                said = f"after step {newest} was saved, what is not kept any more could not be removed: {reason}"
+                self.run.events(newest, [said], kind="checkpoint")
 
-    def _failed(self, step: int, why: str) -> None:
-        """A checkpoint could not be written. The one before is untouched; a run goes on unless it is to end now."""
-        said = f"the checkpoint of step {step} was not written: {why}; {free_bytes(self.run.dir):,} bytes are free in "
-        said += f"{self.run.dir}; the last whole one is of step {disk.pointed(self.root) or 0}"
-        self._saved = min(self._saved, step - 1)
+    def _failed(self, step: int, what: str, why: str) -> None:
+        """A checkpoint or export could not be written. The one before is untouched; whether the run goes on is
+        `checkpoint.on_save_error`, unless it is to end now."""
+        said = f"the {what} of step {step} was not written: {why}; {free_bytes(self.run.dir):,} bytes are free in "
+        said += f"{self.run.dir}; the last whole checkpoint is of step {disk.pointed(self.root) or 0}"
+        if what == "checkpoint":
+            self._saved = min(self._saved, step - 1)
         self.run.events(step, [said], kind="checkpoint")
-        if step == self.total or self.run.stop_requested() is not None:
+        if self.cfg.checkpoint.on_save_error == "stop" or step == self.total or self._ending:
             raise CheckpointError(said)
 
     def _export(self, step: int, *, last: bool) -> None:
         """The policy as a Hugging Face directory under the run's folder."""
         policy = self.engines[POLICY]
         target = self.run.dir / MODELS_FOLDER / ("final" if last else export_name(step))
-        policy.save_hf(target, self.cfg.weight_sync.bucket_size_mb << 20)
+        try:
+            policy.save_hf(target, self.cfg.weight_sync.bucket_size_mb << 20)
+        except OSError as reason:  # the same on all ranks
+            self._failed(step, "export", str(reason))
+            return
+        if "model" not in self.cfg.checkpoint.save_contents:
+            self._prune(step)
 
     # ---- loading -----------------------------------------------------------------------------------------------------
 
     def _load(self, folder: Path, manifest: Manifest) -> None:
-        refuse_code(folder / METADATA)
+        """From a checkpoint that is `verified`. Only tensors are asked for: objects would be unpickled."""
         state: dict[str, Any] = {}
         with self._resident():
             for name, engine in self.engines.items():
-                state |= sharded_state(engine, prefix="" if name == POLICY else f"{name}.")
+                state |= tensors_of(sharded_state(engine, prefix="" if name == POLICY else f"{name}."))
             with self.mesh.platform(), torch.no_grad(), warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # torch's, of the names by which megatron calls it
                 dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
@@ -420,11 +426,6 @@ def layout_of(mesh: Mesh) -> dict[str, int]:
 
 def rank_file(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
-
-
-def export_name(step: int) -> str:
-    """The folder under ``hf/`` of an export between steps."""
-    return f"step_{step:06d}"
 
 
 def _write(share: Share, own: bytes, config: str | None, rank: int) -> tuple[list[Any], dict[str, FileEntry]]:

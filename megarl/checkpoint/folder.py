@@ -1,22 +1,23 @@
 """Training checkpoints on the disk: whole or absent, every file with its hash, the newest that verifies is taken.
 
 ``<run>/checkpoints/iter_0000010`` is the checkpoint after step 10, as Megatron names it; beside it the file `POINTER`
-holds the newest step. A checkpoint is written in ``iter_0000010.incomplete``; when all of its files are on the disk, so
-is a manifest with their sizes and hashes (XXH3 of 128 bits); then the folder gets its name by one rename, and the
-pointer is replaced by another. A process killed at any moment leaves the checkpoint before, or this one, and
-`leftovers`, which the next run removes. Only rank 0 calls what changes names here.
+holds the newest step, and `BEST` the one with the best metric. A checkpoint is written in ``iter_0000010.incomplete``;
+when all of its files are on the disk, so is a manifest with their sizes and hashes (XXH3 of 128 bits); then the folder
+gets its name by one rename, and the pointer is replaced by another. A process killed at any moment leaves the
+checkpoint before, or this one, and `leftovers`, which the next run removes. Only rank 0 calls what changes names here.
 
 Nothing here knows torch or megatron. Errors are OSError, with the path; `Broken` is a checkpoint that does not verify.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from megarl import __version__
 
 CHECKPOINTS = "checkpoints"
 POINTER = "latest_checkpointed_iteration.txt"
+BEST = "best_checkpointed_iteration.txt"
 MANIFEST = "megarl_checkpoint.json"
 CONFIG = "config.yaml"
 _UNFINISHED = ".incomplete"
@@ -115,10 +117,10 @@ def leftovers(root: Path) -> list[Path]:
     return sorted(path for path in root.iterdir() if path.name.endswith(endings))
 
 
-def pointed(root: Path) -> int | None:
+def pointed(root: Path, pointer: str = POINTER) -> int | None:
     """The step that the pointer names; None without a pointer, or with one that is damaged."""
     try:
-        return int((root / POINTER).read_text())
+        return int((root / pointer).read_text())
     except (OSError, ValueError):
         return None
 
@@ -138,6 +140,7 @@ class HashedFile:
     """A binary file that is only appended to, hashed on the way. `close` waits for the disk; then `entry`."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         self._file = path.open("wb", buffering=0)
         self._hash = xxhash.xxh3_128()
         self._bytes = 0
@@ -146,8 +149,9 @@ class HashedFile:
         view = memoryview(data).cast("B")
         self._hash.update(view)
         left = view
-        while len(left):  # an unbuffered write may take a part
-            left = left[self._file.write(left) :]
+        with _naming(self.path):
+            while len(left):  # an unbuffered write may take a part
+                left = left[self._file.write(left) :]
         self._bytes += len(view)
         return len(view)
 
@@ -160,7 +164,8 @@ class HashedFile:
     def close(self) -> None:
         if not self._file.closed:
             try:
-                os.fsync(self._file.fileno())
+                with _naming(self.path):
+                    os.fsync(self._file.fileno())
             finally:
                 self._file.close()
 
@@ -172,6 +177,15 @@ class HashedFile:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Give an OSError of a descriptor the name of its file."""
+    try:
+        yield
+    except OSError as reason:
+        raise OSError(reason.errno, reason.strerror, str(path)) from reason
 
 
 def write_file(path: Path, data: bytes) -> FileEntry:
@@ -198,11 +212,11 @@ def publish(folder: Path, manifest: Manifest) -> Path:
     return target
 
 
-def point(root: Path, step: int) -> None:
+def point(root: Path, step: int, pointer: str = POINTER) -> None:
     """Let the pointer name a step, at once or not at all."""
-    new = root / (POINTER + ".tmp")
+    new = root / (pointer + ".tmp")
     write_file(new, str(step).encode())
-    os.replace(new, root / POINTER)
+    os.replace(new, root / pointer)
     _sync(root)
 
 
@@ -288,5 +302,10 @@ def kept(
     keep = set(steps[-max(keep_last, 1) :])
     if keep_every:
         keep |= {step for step in steps if step % keep_every == 0}
-    measured = [(value if higher_is_better else -value, step) for step, value in metrics.items() if value is not None]
-    return keep | {step for _, step in sorted(measured, reverse=True)[:keep_top_k]}
+    return keep | set(ranked(metrics, higher_is_better)[:keep_top_k])
+
+
+def ranked(metrics: Mapping[int, float | None], higher_is_better: bool) -> list[int]:
+    """The steps that have a metric, best first, the newer where two are equal. A metric that is no number is none."""
+    measured = {step: value for step, value in metrics.items() if value is not None and value == value}
+    return sorted(measured, key=lambda step: (measured[step] if higher_is_better else -measured[step], step))[::-1]

@@ -1,13 +1,15 @@
 """torch_dist's ``.metadata`` is a pickle: read only when everything it names is plain data of torch's checkpoints.
 
 ``.metadata`` of a checkpoint is unpickled by torch itself, which would run whatever it names. `refuse_code` reads it
-before, with a reader that gives out a fixed set of classes and nothing else.
+before, with a reader that gives out a fixed set of classes and nothing else. torch also unpickles every item that the
+metadata calls an object instead of a tensor: those it refuses too, but for the ones that are never asked for.
 """
 
 from __future__ import annotations
 
 import io
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ _PLAIN = {
     "builtins": {"set", "frozenset", "complex"},
     "pathlib": {"Path", "PosixPath", "PurePosixPath"},
 }
+_NEVER_READ = re.compile(r".*\b_extra_state\d*(/shard_[\d._]+)?")
 _DESCRIBED = {
     "BytesStorageMetadata",
     "ChunkStorageMetadata",
@@ -51,8 +54,11 @@ def _dtypes() -> set[str]:
 
 
 def refuse_code(path: Path) -> None:
-    """Raise Broken unless the pickle in ``path`` names nothing but descriptions of tensors."""
+    """Raise Broken unless the pickle in ``path`` names nothing but descriptions, and these describe tensors."""
     try:
-        _Restricted(io.BytesIO(path.read_bytes())).load()
+        entries = _Restricted(io.BytesIO(path.read_bytes())).load().state_dict_metadata.items()
+        objects = [key for key, entry in entries if type(entry).__name__ != "TensorStorageMetadata"]
     except Exception as reason:  # damaged pickles raise nearly anything: EOFError, IndexError, TypeError, ...
         raise Broken(f"{path}: {type(reason).__name__}: {reason}") from reason
+    if strange := [key for key in objects if not _NEVER_READ.fullmatch(key)]:
+        raise Broken(f"{path}: {strange[0]!r} is to be unpickled; a checkpoint of megarl has tensors there")

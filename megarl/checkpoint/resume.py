@@ -11,6 +11,9 @@ import torch.distributed as dist
 from omegaconf import OmegaConf
 
 from megarl.checkpoint.folder import CHECKPOINTS, CONFIG, Broken, Manifest, finished, verify
+from megarl.checkpoint.metadata import refuse_code
+from megarl.checkpoint.retention import best_first
+from megarl.checkpoint.writer import METADATA
 from megarl.config import Config
 from megarl.parallel.collectives import gather_objects
 from megarl.parallel.mesh import Mesh
@@ -34,13 +37,11 @@ def find(cfg: Config, mesh: Mesh) -> Found | None:
     """The checkpoint that ``checkpoint.resume_mode`` asks for; None where the run begins. A collective over all ranks,
     which share the hashing.
 
-    Raises CheckpointError where there are checkpoints and none of them verifies, or the named one does not.
+    Raises CheckpointError where there are checkpoints and none of them verifies, or the named one does not, or
+    resume_mode=best finds none with a metric.
     """
     mode, own = cfg.checkpoint.resume_mode, Path(cfg.run.root) / cfg.run.name / CHECKPOINTS
-    candidates: list[Any] = []
-    if mesh.rank == 0 and mode != "disable":
-        candidates = [Path(cfg.checkpoint.resume_from_path)] if cfg.checkpoint.resume_from_path else finished(own)
-    shared = [candidates]
+    shared = [_candidates(cfg, own) if mesh.rank == 0 else []]
     dist.broadcast_object_list(shared, 0, group=mesh.host_group)
     skipped: list[str] = []
     for folder in shared[0]:
@@ -58,7 +59,19 @@ def find(cfg: Config, mesh: Mesh) -> Found | None:
             f"no checkpoint can be resumed from:\n  {tried}\n"
             "checkpoint.resume_mode=disable sets them aside and starts again"
         )
+    if mode == "best":
+        raise CheckpointError(f"checkpoint.resume_mode=best: no checkpoint in {own} has a metric")
     return None
+
+
+def _candidates(cfg: Config, own: Path) -> list[Path]:
+    """What to try, in this order."""
+    c = cfg.checkpoint
+    if c.resume_mode == "disable":
+        return []
+    if c.resume_mode == "resume_path":
+        return [Path(c.resume_from_path or "")]
+    return best_first(own, c.higher_is_better) if c.resume_mode == "best" else finished(own)
 
 
 def verified(folder: Path, mesh: Mesh) -> tuple[Manifest | None, str]:
@@ -66,6 +79,7 @@ def verified(folder: Path, mesh: Mesh) -> tuple[Manifest | None, str]:
     manifest, why = None, None
     try:
         manifest = verify(folder, (mesh.rank, mesh.world_size))
+        refuse_code(folder / METADATA)
         if missing := {"model", "optimizer"} - set(manifest.contents):
             why = f"{folder}: was saved without {' and '.join(sorted(missing))}"
     except (Broken, OSError) as reason:

@@ -46,6 +46,13 @@ def sharded_state(engine: Engine, *, prefix: str = "", optimizer: bool = True) -
     return state
 
 
+def tensors_of(state: dict[str, Any]) -> dict[str, Any]:
+    """Of `sharded_state` what is tensors. The rest are objects that modules of Transformer Engine keep beside their
+    weights (the history of delayed FP8 scaling): they are saved for Megatron, and not read back."""
+    tensors, _ = extract_sharded_tensors_and_factories(state)
+    return dict(tensors)
+
+
 def model_chunks(engine: Engine) -> list[torch.nn.Module]:
     """The parts of the model on this rank, as megatron's modules."""
     return [chunk.module for chunk in engine.chunks]

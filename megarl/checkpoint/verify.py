@@ -1,13 +1,14 @@
 """`megarl verify-resume`: the proof, for a user's own recipe, that a run which stops and resumes is the same run.
 
-The recipe runs with a tiny random model of the same architecture and the same tokenizer, on this machine's CPU or GPUs,
-in its own layout where the ranks fit: once straight, and once with a checkpoint and a stop half-way, in two processes
-each. Every number of every step has to be equal, but for times. Rewards, data and rollouts are the recipe's own: one
-that answers the same question differently is found here.
+The recipe runs as it is, data, rewards, loss and the kinds of parallelism included, but for a random model of its
+family, batches and responses that are as small (`megarl.verify.shrink`): once straight, and once until half-way and
+then on from that checkpoint. Every number that the two report has to be the same, to the last bit; a reward that
+answers the same question differently is found here.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -17,21 +18,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megarl.config import Config
+from megarl.config import ClusterConfig, Config, LoggerConfig, save
+from megarl.config.algorithm import ON_POLICY
+from megarl.config.machine import count_gpus
 from megarl.observe.metrics import read_metrics
+from megarl.verify.shrink import SmallLayout, small_layout, write_small_model
 
 # Numbers of the clock, and of when a thread had written.
 UNLIKE = ("timing_s/", "perf/", "checkpoint/")
-# Sizes of the twin. Heads of 32 are the smallest that vLLM's CPU attention has a kernel for.
-TINY = {
-    "num_hidden_layers": 4,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "moe_intermediate_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "head_dim": 32,
-}
+PROMPTS, SAMPLES, TOKENS = 4, 4, 16  # of a step: at most so many prompts, samples of each, tokens of a response
 _TOKENIZER = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -40,67 +35,115 @@ _TOKENIZER = (
     "chat_template*",
     "generation_config.json",
 )
+# Of config.json: what the tokenizer's ids and the data's lengths need.
+_OF_THE_TOKENIZER = ("vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
 
 
-def verify(cfg: Config, recipe: str, overrides: Sequence[str], steps: int) -> int:
-    """Print what differs. Returns 0 if nothing does, 1 if something does or a run failed."""
+def verify(cfg: Config, steps: int, max_ranks: int = 8) -> int:
+    """Print what differs. Returns 0 if nothing does, 1 if something does or a run failed, 2 for a recipe that cannot be
+    tried."""
+    if steps < 2:
+        print(f"megarl verify-resume: --steps {steps} leaves nothing before or after the stop", file=sys.stderr)
+        return 2
+    try:
+        source = Path(cfg.model.path)
+        hf = json.loads((source / "config.json").read_text())
+        layout = small_layout(cfg, max_ranks)
+    except (FileNotFoundError, ValueError) as error:
+        print(f"megarl verify-resume: {error}", file=sys.stderr)
+        return 2
+    half = steps // 2
     with tempfile.TemporaryDirectory(prefix="megarl-verify-") as scratch:
         root = Path(scratch)
-        twin(Path(cfg.model.path), root / "model")
-        common = [
-            *overrides,
-            f"model.path={root / 'model'}",
-            f"run.root={root}",
-            f"run.max_num_steps={steps}",
-            "run.max_num_epochs=1000000",
-            "checkpoint.save_at_end=false",
-            "checkpoint.save_contents=[model,optimizer]",
-        ]
-        runs = {
-            "straight": [["run.name=straight", "checkpoint.save_period=0"]],
-            "resumed": [["run.name=resumed", f"checkpoint.save_period={steps // 2}"]] * 2,
-        }
-        for name, starts in runs.items():
-            for number, settings in enumerate(starts):
-                stopped = name == "resumed" and number == 0
-                if error := _train(recipe, [*common, *settings]):
-                    print(f"megarl verify-resume: the {name} run failed:\n{error}", file=sys.stderr)
-                    return 1
-                if stopped:
-                    _forget_the_end(root / "resumed", steps // 2)
-        straight, resumed = (_numbers(root / name) for name in runs)
+        for name in ("model", "teacher"):
+            kept = {key: hf[key] for key in _OF_THE_TOKENIZER if key in hf}
+            write_small_model(hf, layout, root / name, cfg.run.seed + (name == "teacher"), kept)
+            _copy_tokenizer(source, root / name)
+        save(small_recipe(cfg, layout, root, steps), root / "recipe.yaml")
+        print(f"{hf['architectures'][0]}, made small, as {layout.describe()} on {layout.world_size} ranks", flush=True)
+        for name, period in (("straight", steps + 1), ("resumed", half), ("resumed", half)):
+            second = (root / name).exists()
+            if second:
+                _forget_the_end(root / name, half)
+            said, failed = _train(root / "recipe.yaml", [f"run.name={name}", f"checkpoint.save_period={period}"])
+            if not failed and second and f"resumed from step {half}:" not in said:
+                failed, said = True, f"it did not resume from step {half}, but began again:\n{said}"
+            if failed:
+                print(f"megarl verify-resume: the {name} run failed:\n{said[-3000:]}", file=sys.stderr)
+                return 1
+        straight, resumed = (_numbers(root / name) for name in ("straight", "resumed"))
     different = compare(straight, resumed)
     for line in different[:20]:
         print(line)
-    where = f"{steps} steps straight, and {steps // 2} + {steps - steps // 2} with a stop"
+    where = f"{steps} steps straight, and {half} + {steps - half} with a stop"
     print(f"{where}: " + (f"{len(different)} numbers differ" if different else "every number is the same, bit for bit"))
     return 1 if different else 0
 
 
-def twin(source: Path, target: Path) -> None:
-    """A tiny random model of the same architecture, with the same tokenizer and vocabulary."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+def small_recipe(cfg: Config, layout: SmallLayout, root: Path, steps: int) -> Config:
+    """The recipe with the small models in ``root``, for so many steps. What would keep the proof from proving anything
+    is set: where checkpoints go, what they hold, which stay, and that the run goes on from them."""
+    device = "cuda" if count_gpus(cfg.cluster.device) >= layout.world_size else "cpu"
+    r, prompts = cfg.rollout, min(cfg.rollout.num_prompts_per_step, PROMPTS)
+    samples = min(r.num_generations_per_prompt, SAMPLES)
+    units, small_units = r.num_prompts_per_step, prompts  # what updates are counted in: pairs, or samples
+    if cfg.algorithm != "online_dpo":
+        units, small_units = units * r.num_generations_per_prompt, small_units * samples
+    batch = min(cfg.train.train_global_batch_size, 2 * PROMPTS)
+    if cfg.algorithm in ON_POLICY:
+        several = units > cfg.train.train_global_batch_size and small_units % 2 == 0
+        batch = small_units // 2 if several else small_units
+    return dataclasses.replace(
+        cfg,
+        cluster=ClusterConfig(num_nodes=1, gpus_per_node=layout.world_size, device=device),
+        run=dataclasses.replace(cfg.run, root=str(root), max_num_steps=steps, max_num_epochs=1_000_000),
+        model=dataclasses.replace(cfg.model, path=str(root / "model")),
+        parallel=layout.parallel,
+        train=dataclasses.replace(cfg.train, train_global_batch_size=batch),
+        rollout=dataclasses.replace(
+            r,
+            num_prompts_per_step=prompts,
+            num_generations_per_prompt=samples,
+            max_response_length=min(r.max_response_length, TOKENS),
+            response_length_stages=[],
+            tensor_parallel_size=min(r.tensor_parallel_size, 2, layout.world_size),
+            max_model_len=None,
+            max_num_batched_tokens=None,
+            kv_cache_gb=min(r.kv_cache_gb, 0.1),
+            quantization=None,
+        ),
+        reward=dataclasses.replace(cfg.reward, overlong_buffer_len=min(cfg.reward.overlong_buffer_len, TOKENS // 2)),
+        critic=dataclasses.replace(cfg.critic, path=None),
+        prime=dataclasses.replace(cfg.prime, path=None),
+        teacher=dataclasses.replace(cfg.teacher, path=str(root / "teacher") if cfg.teacher.path else None),
+        validation=dataclasses.replace(cfg.validation, max_val_samples=2 * PROMPTS),
+        # Random models may sample and compute further apart than the user's; that is `megarl verify`'s matter.
+        weight_sync=dataclasses.replace(cfg.weight_sync, max_gen_kl_error=None, max_token_mult_prob_error=None),
+        checkpoint=dataclasses.replace(
+            cfg.checkpoint,
+            save_at_end=False,
+            save_contents=["model", "optimizer"],
+            keep_last=1000,
+            resume_mode="auto",
+            resume_from_path=None,
+            checkpoint_must_save_by=None,
+            on_save_error="stop",
+        ),
+        logger=LoggerConfig(),
+    )
 
-    said = json.loads((source / "config.json").read_text())
-    sizes = {name: size for name, size in TINY.items() if said.get(name) is not None}
-    config = AutoConfig.from_pretrained(source)
-    for name, size in sizes.items():
-        setattr(config, name, min(size, said[name]))
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[: config.num_hidden_layers]
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(target)
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
     for pattern in _TOKENIZER:
         for path in source.glob(pattern):
             shutil.copy(path, target)
 
 
-def _train(recipe: str, overrides: Sequence[str]) -> str | None:
-    """Run it as `megarl train` does. What it printed, if it failed."""
-    command = [sys.executable, "-m", "megarl", "train", recipe, *overrides]
+def _train(recipe: Path, overrides: Sequence[str]) -> tuple[str, bool]:
+    """Run it as `megarl train` does: (what it printed, whether it failed)."""
+    command = [sys.executable, "-m", "megarl", "train", str(recipe), *overrides]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return None if done.returncode == 0 else (done.stdout + done.stderr)[-3000:]
+    return done.stdout + done.stderr, done.returncode != 0
 
 
 def _forget_the_end(run: Path, step: int) -> None:

@@ -13,6 +13,7 @@ from megarl.config.fp8 import check_fp8_values
 from megarl.config.machine import check_machine
 from megarl.config.memory import check_memory
 from megarl.config.remote import check_remote
+from megarl.config.running import check_running
 from megarl.config.sizes import (
     CP,
     EP,
@@ -47,7 +48,14 @@ def check(cfg: "Config", launched: int | None, refused: set[str], *, this_machin
     """
     ranges = list(check_ranges(cfg))  # no echoes here: a refused value left its default behind, which is in range
     refused = refused.union(*(problem.fields for problem in ranges))
-    own = [*check_values(cfg), *check_acting(cfg), *check_unread(cfg), *check_memory(cfg), *check_fp8_values(cfg)]
+    own = [
+        *check_values(cfg),
+        *check_running(cfg),
+        *check_acting(cfg),
+        *check_unread(cfg),
+        *check_memory(cfg),
+        *check_fp8_values(cfg),
+    ]
     others = [*own, *_launch(cfg, launched), *_layout(cfg)]
     if cfg.algorithm in ON_POLICY:
         engines = _engines(cfg) if cfg.rollout.mode == "colocated" else ()

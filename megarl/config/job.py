@@ -57,8 +57,12 @@ class CheckpointConfig:
     """Metric that says which checkpoint is best, such as val/accuracy; a step that did not report it has none."""
     higher_is_better: bool = True
     """Whether more of `metric_name` is better."""
-    resume_mode: Literal["auto", "continue", "disable", "resume_path"] = "auto"
-    """auto goes on with an unfinished run of this name, continue also takes a finished one as done."""
+    on_save_error: Literal["continue", "stop"] = "continue"
+    """After a save that the disk refused: go on and try again at the next, or end the run; the last save always ends
+    it."""
+    resume_mode: Literal["auto", "continue", "best", "disable", "resume_path"] = "auto"
+    """auto goes on with an unfinished run of this name, continue also takes a finished one as done, best goes back to
+    its checkpoint with the best `metric_name`."""
     resume_from_path: str | None = None
     """Checkpoint folder (.../checkpoints/iter_0000100) that resume_mode=resume_path starts from."""
     checkpoint_must_save_by: str | None = None

@@ -12,6 +12,8 @@ class ModelConfig:
     """Hugging Face directory of the policy: config.json, safetensors and tokenizer."""
     dtype: Literal["bf16", "fp32"] = "bf16"
     """Number format of weights and activations; the optimizer's own copy is always fp32."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a model or tokenizer; false refuses directories that need it."""
     logprob_chunk_size: int = 256
     """Tokens whose logits exist at the same time; smaller needs less memory."""
     recompute_granularity: Literal["full", "selective"] | None = None

@@ -50,6 +50,9 @@ class RolloutConfig:
     """Most sequences that an engine decodes at the same time."""
     max_num_batched_tokens: int | None = None
     """Most tokens in one forward pass of an engine; null leaves it to vLLM."""
+    seed_per_request: bool = True
+    """Give every sample a generator of its own, so that samples do not depend on how many engines there are; false
+    draws for whole batches, which is faster on a GPU."""
     enforce_eager: bool = False
     """Run vLLM without CUDA graphs."""
     kv_cache_gb: float = 1.0
@@ -102,6 +105,8 @@ class RewardConfig:
     """Field of a record that says which of the rewards with `domains` score it (math, code, ...)."""
     timeout_s: float = 10.0
     """Seconds that a call may take, of one sample or as many as a service takes at once; then its worker is killed."""
+    pass_env: list[str] = field(default_factory=list)
+    """Environment variables that rewards may see too, such as the key of a judge; by default only PATH and the like."""
     overlong_buffer_len: int = 0
     """Last tokens up to `rollout.max_response_length` in which a response is penalised, linearly; 0 penalises none."""
     overlong_buffer_penalty: float = 1.0

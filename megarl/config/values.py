@@ -7,10 +7,8 @@ anyway. Sizes that have to fit each other, and this machine, are in checks.py an
 
 import difflib
 import math
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megarl.config.algorithm import ON_POLICY
@@ -185,8 +183,6 @@ OWNED_OVERRIDES = {
 
 def check_values(cfg: "Config") -> Problems:
     """Everything of this file but the ranges."""
-    yield from _run_folder(cfg)
-    yield from _checkpoint(cfg)
     yield from _overrides(cfg)
     yield from _sampling(cfg)
     yield from _schedule(cfg)
@@ -219,48 +215,6 @@ def in_interval(value: float, interval: str) -> bool:
     above = value >= low if interval[0] == "[" else value > low
     below = value <= high if interval[-1] == "]" else value < high
     return above and below
-
-
-def _run_folder(cfg: "Config") -> Problems:
-    """A run's folder is right inside `run.root`, also when a symbolic link has its name."""
-    name, root = cfg.run.name, Path(cfg.run.root).resolve()
-    if not name or name in (".", "..") or re.search(r"[/\\\x00-\x1f]", name):
-        yield Problem(f"run.name = {name!r} must be a plain folder name, without / or \\", ("run.name",))
-    elif (folder := (root / name).resolve()).parent != root:
-        text = f"run.name = {name!r}: {root / name} leads out of run.root, to {folder}"
-        yield Problem(text, ("run.name", "run.root"))
-
-
-def _checkpoint(cfg: "Config") -> Problems:
-    """Settings of checkpoints that need one another."""
-    c = cfg.checkpoint
-    if c.checkpoint_must_save_by is not None and duration_seconds(c.checkpoint_must_save_by) is None:
-        text = f"checkpoint.checkpoint_must_save_by = {c.checkpoint_must_save_by!r} is not DD:HH:MM:SS"
-        yield Problem(text, ("checkpoint.checkpoint_must_save_by",))
-    if "optimizer" in c.save_contents and "model" not in c.save_contents:
-        text = "checkpoint.save_contents has optimizer without model, which nothing could resume from"
-        yield Problem(text, ("checkpoint.save_contents",))
-    if (c.keep_top_k > 0) != (c.metric_name is not None):
-        text = (
-            f"checkpoint.keep_top_k = {c.keep_top_k} and checkpoint.metric_name = {c.metric_name or 'null'} need both"
-        )
-        yield Problem(text, ("checkpoint.keep_top_k", "checkpoint.metric_name"))
-    if (c.resume_mode == "resume_path") != (c.resume_from_path is not None):
-        mode, path = f"checkpoint.resume_mode = {c.resume_mode}", c.resume_from_path or "null"
-        text = f"{mode} and checkpoint.resume_from_path = {path}: the path goes with resume_path"
-        yield Problem(text, ("checkpoint.resume_mode", "checkpoint.resume_from_path"))
-    if cfg.guard.on_bad_steps == "rollback" and (not c.save_period or "model" not in c.save_contents):
-        text = "guard.on_bad_steps = rollback needs checkpoints to go back to: set checkpoint.save_period"
-        yield Problem(text, ("guard.on_bad_steps", "checkpoint.save_period", "checkpoint.save_contents"))
-
-
-def duration_seconds(text: str) -> int | None:
-    """Seconds of DD:HH:MM:SS; None for anything else."""
-    match = re.fullmatch(r"(\d+):(\d\d):(\d\d):(\d\d)", text)
-    if match is None:
-        return None
-    days, hours, minutes, seconds = map(int, match.groups())
-    return ((days * 24 + hours) * 60 + minutes) * 60 + seconds
 
 
 def _overrides(cfg: "Config") -> Problems:

@@ -50,7 +50,9 @@ def transformers_logits(path: str | Path, tokens: Tensor) -> Tensor:
     """[T, vocabulary] fp32 of ``tokens [T]``."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
+    ).eval()
     logits: Tensor = model(tokens[None]).logits[0]
     return logits.float()
 

@@ -150,8 +150,9 @@ class Engine:
 
         Every ``together`` neighbours, such as the two responses of a pair, share a microbatch. Returns the loss, the
         loss's metrics as means over response tokens of the whole step (with ``seq-mean-token-mean``, over responses of
-        their means), ``grad_norm``, ``lr`` and ``tokens``, the same on every rank. Where they are not finite no rank's
-        optimizer steps, and ``refused`` decides what follows: it raises, unless somebody else takes it.
+        their means), ``grad_norm``, ``lr``, ``tokens`` and ``refused_updates`` (0 or 1), the same on every rank. Where
+        they are not finite no rank's optimizer steps, and ``refused`` decides what follows: it raises, unless somebody
+        else takes it.
         """
         batches, _ = self._microbatches(samples, self.cfg.train.train_mb_tokens, loss_agg_mode, together)
         by_response = loss_agg_mode == "seq-mean-token-mean"
@@ -162,11 +163,12 @@ class Engine:
             with self.rounding.watching() if self.rounding else contextlib.nullcontext():
                 sums = self._run(batches, partial(self._loss_step, loss, by_response), forward_only=False)
             metrics = self._reduce(sums, by_response)
-            poison = self._poison(metrics, samples)
+            here, everywhere = self._finite(metrics["loss"])
             grad_norm = 0.0
-            if poison is not None:
+            if not everywhere:
+                again = self._computed_again(batches, loss, by_response)
                 self._forget_gradients()
-                self.refused(poison)
+                self.refused(self._poison(metrics["loss"], here, samples, *again))
             elif metrics[
                 "tokens"
             ]:  # else there is nothing to learn from: Adam's moments and step count stay as they are
@@ -174,7 +176,8 @@ class Engine:
                 _, grad_norm, _ = self.optimizer.step()
         lr = max(group["lr"] for group in self.optimizer.param_groups)
         rounding = self.rounding.metrics() if self.rounding else {}
-        return metrics | rounding | {"grad_norm": float(grad_norm), "lr": float(lr)}
+        refused = {"refused_updates": float(not everywhere)}
+        return metrics | rounding | refused | {"grad_norm": float(grad_norm), "lr": float(lr)}
 
     @contextlib.contextmanager
     def holding(self, weights: HostWeights) -> Iterator[None]:
@@ -333,21 +336,46 @@ class Engine:
             dist.broadcast_object_list(reduced, self.mesh.last_stage_rank, group=self.mesh.pp_group)
         return reduced[0]
 
-    def _poison(self, metrics: dict[str, float], samples: list[Sample]) -> NonFiniteError | None:
-        """On every rank the reason to refuse the update, if the loss or any rank's gradient is not a finite number."""
+    def _finite(self, loss: float) -> tuple[bool, bool]:
+        """Whether the step's loss and gradient are finite numbers on this rank, and on all ranks."""
         buffers = [b for chunk in self.chunks for b in (*chunk.buffers, *chunk.expert_parallel_buffers)]
         gradients = sum(buffer.grad_data.sum().float() for buffer in buffers)
-        finite = bool(torch.isfinite(gradients)) and math.isfinite(metrics["loss"])
+        finite = bool(torch.isfinite(gradients)) and math.isfinite(loss)
         flag = torch.tensor([not finite], dtype=torch.int, device=self.mesh.device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        if not flag.item():
-            return None
-        named = "; ".join(sample.name for sample in samples[:4]) or "no samples"
+        return finite, not flag.item()
+
+    def _computed_again(self, batches: list[MicroBatch], loss: Loss, by_response: bool) -> tuple[bool, list[str]]:
+        """The step a second time: whether it is finite now, on all ranks; and the samples whose own loss is not."""
+        names: list[str] = []
+
+        def watched(logps: Tensor, batch: MicroBatch) -> tuple[Tensor, dict[str, Tensor]]:
+            per_token, metrics = loss(logps, batch)
+            bad = ~torch.isfinite(per_token) & batch.loss_mask
+            spans = zip(batch.samples, batch.cu_seqlens[:-1], batch.cu_seqlens[1:], strict=True)
+            names.extend(sample.name for sample, start, end in spans if bad[start:end].any())
+            return per_token, metrics
+
+        self._forget_gradients()
+        sums = self._run(batches, partial(self._loss_step, watched, by_response), forward_only=False)
+        _, everywhere = self._finite(self._reduce(sums, by_response)["loss"])
+        return everywhere, names
+
+    def _poison(
+        self, loss: float, finite: bool, samples: list[Sample], transient: bool, names: list[str]
+    ) -> NonFiniteError:
+        """This rank's reason to refuse the update."""
         where = "gradient finite here" if finite else NonFiniteError.HERE
+        listed = "; ".join(names[:4] or [sample.name for sample in samples[:4]]) or "no samples"
+        if len(names or samples) > 4:
+            listed += f" and {len(names or samples) - 4} more"
+        whose = "not finite is the loss of" if names else f"this replica trained on {len(samples)} samples:"
+        what = "persistent: computed again, it is the same. Look at rewards and rollout_logps, or lower optimizer.lr"
+        if transient:
+            what = "transient: computed again, it is finite. Should a rank's name come back here, suspect its device"
         return NonFiniteError(
-            f"rank {self.mesh.rank}: loss {metrics['loss']}, {where}; the update was refused on all ranks. "
-            f"This replica trained on {len(samples)} samples ({named}, ...). Look at their rewards and "
-            "rollout_logps, or lower optimizer.lr"
+            f"rank {self.mesh.rank}: loss {loss}, {where}; the update was refused on all ranks; {whose} {listed}. "
+            f"{what}"
         )
 
 

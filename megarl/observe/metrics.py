@@ -1,8 +1,9 @@
 """Metrics of a run: metrics.jsonl and TensorBoard always, Weights & Biases when configured.
 
-metrics.jsonl holds one flat JSON object per call of `log`: {"step": 3, "reward/mean": 0.5, ...}, flushed at once, so
-that a run that dies keeps what it reported. JSON has no NaN: a non-finite number is written as the string "NaN",
-"Infinity" or "-Infinity" and counted in `metrics/nonfinite`. Only the writer's rank touches files.
+metrics.jsonl holds one flat JSON object per call of `log`: {"step": 3, "reward/mean": 0.5, ...}, written at once, so
+that a run that dies keeps what it reported (`Journal`: a full disk does not end it). JSON has no NaN: a non-finite
+number is written as the string "NaN", "Infinity" or "-Infinity" and counted in `metrics/nonfinite`. Only the writer's
+rank touches files.
 A step may take several lines (what is known only after its report comes in one more): `read_metrics` merges them, the
 later value wins. The file is opened for appending: giving every run its own is up to the caller (see run.py).
 """
@@ -10,8 +11,11 @@ later value wins. The file is opened for appending: giving every run its own is 
 import importlib
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any, Protocol
+
+from megarl.observe.journal import Journal
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -56,7 +60,8 @@ class MetricsLog:
             self._wandb_run = _start_wandb(Path(run_dir), cfg_logger, config_dict)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         _drop_unfinished_line(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
+        self.path.touch()  # that there is a run in this folder shows before its first step
+        self._file = Journal(self.path)
         self._tensorboard = SummaryWriter(str(self.path.parent / TENSORBOARD_FOLDER), purge_step=purge_step)
         self._tensorboard.add_text("config", f"```\n{json.dumps(config_dict, indent=2, default=str)}\n```")
 
@@ -68,19 +73,28 @@ class MetricsLog:
         if bad:
             values[NONFINITE_KEY] = float(len(bad))
         record = {"step": step} | {key: _to_json(value) for key, value in values.items()}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
-        for key, value in values.items():
-            self._tensorboard.add_scalar(key, value, step)
-        self._tensorboard.flush()
+        self._file.append([json.dumps(record, allow_nan=False)])
+        if self._tensorboard is not None:
+            self._draw(step, values)
         if self._wandb_run is not None:
             self._wandb_run.log(values, step=step)
 
+    def _draw(self, step: int, values: dict[str, float]) -> None:
+        try:
+            for key, value in values.items():
+                self._tensorboard.add_scalar(key, value, step)
+            self._tensorboard.flush()
+        except OSError as reason:  # its thread has ended; metrics.jsonl has the same numbers, and waits for room
+            print(f"{self.path.parent / TENSORBOARD_FOLDER}: {reason}; from here on it gets nothing", file=sys.stderr)
+            self._tensorboard = None
+
     def close(self) -> None:
+        """Raises OSError where the disk does not take metrics.jsonl's last lines."""
         if not self._is_writer:
             return
         self._file.close()
-        self._tensorboard.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         if self._wandb_run is not None:
             self._wandb_run.finish()
 

@@ -21,6 +21,7 @@ from megarl.config import Config, save
 from megarl.model.family import read_spec
 from megarl.model.flops import ModelFlops
 from megarl.observe.console import Console, format_duration
+from megarl.observe.journal import Journal
 from megarl.observe.lock import RunLock
 from megarl.observe.metrics import METRICS_FILE, TENSORBOARD_FOLDER, MetricsLog, read_metrics
 from megarl.observe.report import (
@@ -79,6 +80,7 @@ class Run:
         resumed: ResumedFrom | None = None,
     ) -> None:
         self.cfg = cfg
+        self._started = time.monotonic() - (time.time() - _process_start())
         self.resumed = resumed
         self.reported: dict[str, float] = {}  # what the last report said
         self.stopped: str | None = None  # why the run ended before its last step
@@ -91,6 +93,7 @@ class Run:
         self.world_size = world_size
         self.phases = Phases(watchdog)
         self.console = Console(self.is_writer)
+        self._events, self._scores = Journal(self.dir / EVENTS_FILE), Journal(self.dir / SCORES_FILE)
         self._step = 0  # the last that was reported, and the seconds it was reported with
         self._timed: dict[str, float] = {}
         self._unlogged: dict[str, float] = {}
@@ -156,8 +159,8 @@ class Run:
         self._unlogged |= values
 
     def seconds(self) -> float:
-        """Since this process started: what time limits count."""
-        return time.time() - _process_start()
+        """Since this process started: what time limits count. A clock that is set meanwhile changes nothing."""
+        return time.monotonic() - self._started
 
     def request_stop(self, why: str) -> None:
         """Let the run end, saved, after the step it is in."""
@@ -172,19 +175,16 @@ class Run:
         show the first."""
         if not errors or not self.is_writer:
             return
-        path = self.dir / EVENTS_FILE
-        with path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"step": step, "kind": kind, "event": error}) + "\n" for error in errors)
+        self._events.append(json.dumps({"step": step, "kind": kind, "event": error}) for error in errors)
         for error in errors[:_SHOWN_EVENTS]:
             self.console.note(f"  {kind}: {error}")
         if len(errors) > _SHOWN_EVENTS:
-            self.console.note(f"  ... and {len(errors) - _SHOWN_EVENTS:,} more, all of them in {path}")
+            self.console.note(f"  ... and {len(errors) - _SHOWN_EVENTS:,} more, all of them in {self._events.path}")
 
     def scores(self, step: int, rewards: Sequence[tuple[str, float]]) -> None:
         """Keep the prompt's id and the reward of every sample of a step in rewards.jsonl."""
         if self.is_writer:
-            with (self.dir / SCORES_FILE).open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps({"step": step, "id": i, "reward": reward}) + "\n" for i, reward in rewards)
+            self._scores.append(json.dumps({"step": step, "id": i, "reward": reward}) for i, reward in rewards)
 
     def finish(self) -> None:
         """Log what was timed after the last report, as part of that step; then the table and the picture."""
@@ -195,6 +195,8 @@ class Run:
         self.log.close()
         self.console.close()
         if self.is_writer:
+            self._events.close()
+            self._scores.close()
             self._lock.close()
             records = read_metrics(self.dir)
             title = f"{self.cfg.algorithm} · {self.cfg.run.name}"

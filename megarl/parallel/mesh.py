@@ -24,6 +24,10 @@ from megarl.config import Config, launched_world_size
 from megarl.parallel import cpu
 
 
+class RendezvousError(RuntimeError):
+    """The ranks cannot meet. The message says what to set otherwise."""
+
+
 @dataclass(frozen=True)
 class Mesh:
     """One rank's place. ``groups`` is megatron's own collection; the fields below are what our code reads."""
@@ -104,7 +108,7 @@ def build_mesh(cfg: Config) -> Mesh:
 
     torchrun says who this rank is, or srun (with MASTER_ADDR and MASTER_PORT set for it); a process started by hand is
     a job of one. Every collective of every group fails after ``run.deadline_s``. Raises ValueError where the launcher
-    started another number of ranks than the recipe asks for.
+    started another number of ranks than the recipe asks for, and RendezvousError where they cannot meet.
     """
     _identify()
     wanted = cfg.cluster.num_nodes * cfg.cluster.gpus_per_node
@@ -120,7 +124,7 @@ def build_mesh(cfg: Config) -> Mesh:
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=cfg.run.deadline_s)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        _meet("nccl" if device.type == "cuda" else "gloo", timeout)
     host_group = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else dist.group.WORLD
     with cpu.megatron_on_cpu() if device.type == "cpu" else contextlib.nullcontext():
         parallel_state.initialize_model_parallel(
@@ -163,6 +167,24 @@ def build_mesh(cfg: Config) -> Mesh:
         host_group=host_group,
         groups=groups,
     )
+
+
+def _meet(backend: str, timeout: timedelta) -> None:
+    """Join the job at MASTER_ADDR:MASTER_PORT. What would be waited for in vain is said at once."""
+    host, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    try:
+        socket.getaddrinfo(host, int(port))
+    except OSError as reason:
+        raise RendezvousError(
+            f"MASTER_ADDR={host}: {socket.gethostname()} cannot resolve it ({reason}); set it to a name or address of "
+            "rank 0's machine that every node resolves"
+        ) from reason
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except dist.DistNetworkError as reason:
+        if "EADDRINUSE" not in str(reason):
+            raise
+        raise RendezvousError(f"MASTER_PORT={port}: another program of {host} has it; set another") from reason
 
 
 def _seed_rng_tracker(seed: int) -> None:

@@ -13,11 +13,16 @@ Parquet) arrive as `str`.
 
 A worker gets samples only when it waits for them, so that sending to it cannot block. The calls of a chunk are
 answered one by one, and a call's clock starts when the answer before it arrives.
+
+A reward is somebody's code, and what a job has in its environment (tokens of hubs, keys of loggers and clouds) is not
+for it: a worker gets the variables of `ENVIRONMENT`, and those that `reward.pass_env`, or a reward's own ``token_env``,
+names.
 """
 
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -36,6 +41,12 @@ from megarl.rewards.plan import BATCH_SIZE, Entry, calls_of, options, unit_size
 START_TIMEOUT_S = 120.0  # to import the rewards' modules, perhaps large ones from a cold network disk
 EXIT_TIMEOUT_S = 2.0  # for a worker's own exit handlers before it is killed
 MAX_CHUNK = 32  # samples sent at once
+# What a program needs to run at all: where things are, the language, the number of threads. Everything else stays here.
+ENVIRONMENT = re.compile(
+    r"PATH|HOME|USER|LOGNAME|SHELL|TERM|PWD|TZ|TMPDIR|TEMP|TMP|LANG|LANGUAGE|LC_\w+|LD_LIBRARY_PATH|LD_PRELOAD"
+    r"|VIRTUAL_ENV|CONDA_PREFIX|PYTHON(PATH|HOME|HASHSEED|UNBUFFERED|WARNINGS|DONTWRITEBYTECODE|UTF8|IOENCODING)"
+    r"|(OMP|MKL|OPENBLAS)_NUM_THREADS|SSL_CERT_(FILE|DIR)|HF_(HOME|HUB_OFFLINE|DATASETS_CACHE)|TRANSFORMERS_OFFLINE"
+)
 BOOTSTRAP = """
 import sys
 descriptor, parent, *sys.path = sys.argv[1:]
@@ -90,6 +101,8 @@ class RewardWorkers:
         self.config = config
         self.weights = {entry.name: entry.weight for entry in config.functions}
         self.entries = self.checked_functions()
+        tokens = [entry.args["token_env"] for entry in config.functions if entry.args.get("token_env")]
+        self.visible = {*config.pass_env, *tokens}
         self.workers: list[Worker] = []
         try:
             self.workers += [self.start() for _ in range(config.workers)]
@@ -128,7 +141,13 @@ class RewardWorkers:
         here, there = Pipe()
         command = [sys.executable, "-c", BOOTSTRAP, str(there.fileno()), str(os.getpid()), *sys.path]
         # A session of its own keeps Ctrl-C from it, and lets `kill` reach the processes that a reward has started.
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, pass_fds=[there.fileno()], start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            env=environment(self.visible),
+            pass_fds=[there.fileno()],
+            start_new_session=True,
+        )
         there.close()
         here.send_bytes(json.dumps([asdict(entry) for entry in self.entries]).encode())
         return Worker(process, here, time.monotonic() + START_TIMEOUT_S)
@@ -253,6 +272,11 @@ class RewardWorkers:
             except subprocess.TimeoutExpired:
                 kill(worker)
         self.workers = []
+
+
+def environment(more: set[str]) -> dict[str, str]:
+    """Of this process's variables those that a worker gets: `ENVIRONMENT`'s, and the names in ``more``."""
+    return {name: value for name, value in os.environ.items() if ENVIRONMENT.fullmatch(name) or name in more}
 
 
 def answered(workers: list[Worker]) -> list[Worker]:

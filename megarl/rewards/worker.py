@@ -11,10 +11,12 @@ second.
 """
 
 import ctypes
+import hashlib
 import json
 import math
 import numbers
 import os
+import random
 import signal
 import sys
 import traceback
@@ -95,6 +97,7 @@ def call(function: Reward, args: dict[str, Any], samples: list[dict[str, Any]]) 
     """
     names = dict.fromkeys(name for columns in samples for name in columns)
     batch = {name: [columns.get(name) for columns in samples] for name in names}
+    seed_generators(samples)
     try:
         returned = function(**{**batch, **args})
     except BaseException as error:  # SystemExit too: whatever user code raises is an event with a name
@@ -103,6 +106,17 @@ def call(function: Reward, args: dict[str, Any], samples: list[dict[str, Any]]) 
     if problem:
         return [{"error": f"returned {problem}"}] * len(samples)
     return [answer(value) for value in returned]
+
+
+def seed_generators(samples: list[dict[str, Any]]) -> None:
+    """Let a reward that draws lots draw the same for the same samples, in whichever worker and after whatever else: a
+    run that resumes is then the run that did not stop. torch is seeded where a reward has imported it, numpy too."""
+    seed = int.from_bytes(hashlib.blake2b(json.dumps(samples).encode(), digest_size=4).digest())
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)
 
 
 def answer(value: Any) -> dict[str, Any]:

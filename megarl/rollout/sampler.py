@@ -3,6 +3,7 @@ What comes of it is a `megarl.rollout.table.Rollout`."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -61,6 +62,7 @@ class Sampler:
             max_model_len=cfg.rollout.max_model_len or cfg.data.max_prompt_length + cfg.rollout.max_response_length,
             seed=cfg.run.seed,
             deadline_s=cfg.run.deadline_s,
+            trust_remote_code=cfg.model.trust_remote_code,
         )
         self.engine.sleep()
         self.flops = ModelFlops.of(read_spec(cfg.model.path))
@@ -74,7 +76,7 @@ class Sampler:
 
         def batch(attempt: int) -> Rollout:
             prompts = draw(self.cfg.rollout.num_prompts_per_step)
-            return self._sample(prompts, sampling, seed=self._seed(step, attempt))
+            return self._sample(prompts, sampling, step, attempt)
 
         rollout = enough_groups(self.cfg, batch)
         self.engine.sleep()
@@ -85,16 +87,16 @@ class Sampler:
         engines. Where either could not be scored, the prompt is left out."""
         prompts = draw(self.cfg.rollout.num_prompts_per_step)
         sampling = training_sampling(self.cfg, step)
-        greedy = self._sample(prompts, sampling.greedy(), seed=self._seed(step))
-        rollout = self._sample(prompts, sampling, seed=self._seed(step))
+        greedy = self._sample(prompts, sampling.greedy(), step)
+        rollout = self._sample(prompts, sampling, step)
         self.engine.sleep()
         return with_greedy(rollout, greedy)
 
     def validate(self, prompts: Sequence[Prompt]) -> tuple[dict[str, float], list[str]]:
         """Sample held-out prompts. Returns metrics (`validation_metrics`), and what went wrong with samples that could
         not be scored."""
-        # The same seed at every validation: a change of accuracy is a change of the model.
-        rollout = self._sample(list(prompts), validation_sampling(self.cfg), seed=self._seed(0))
+        # The same seeds at every validation: a change of accuracy is a change of the model.
+        rollout = self._sample(list(prompts), validation_sampling(self.cfg), step=0)
         return validation_metrics(self.cfg, rollout), rollout.errors
 
     def update(self, weights: WeightStream, version: int) -> None:
@@ -106,15 +108,15 @@ class Sampler:
             self.rewards.close()
         self.engine.close()
 
-    def _seed(self, step: int, attempt: int = 0) -> int:
-        """One seed a step, draw and engine, in 63 bits: distinct for all that occur in a run."""
-        return ((self.cfg.run.seed * 1_000_003 + step) * 10_007 + self.engine.replica + attempt * 2**50) % 2**63
-
-    def _sample(self, prompts: list[Prompt], sampling: Sampling, seed: int) -> Rollout:
+    def _sample(self, prompts: list[Prompt], sampling: Sampling, step: int, attempt: int = 0) -> Rollout:
         share = range(self.engine.replica, len(prompts), self.engine.num_replicas)
+        seed = self.cfg.run.seed, step, attempt
         with self.phases("generate"):
             tokens = [prompts[i].tokens for i in share]
-            completions = self.engine.generate(tokens, sampling, seed) if tokens else []
+            own: int | list[int] = seed_of(*seed, "engine", self.engine.replica)
+            if self.cfg.rollout.seed_per_request:
+                own = [seed_of(*seed, prompts[i].id, i) for i in share]
+            completions = self.engine.generate(tokens, sampling, own) if tokens else []
         groups = [single_turns(prompts[i], group) for i, group in zip(share, completions, strict=True)]
         with self.phases("reward"):
             scored = self._scored(prompts, dict(zip(share, groups, strict=True))) if self.leads else []
@@ -126,6 +128,13 @@ class Sampler:
         inputs = [entry for i, group in groups.items() for entry in inputs_of(prompts[i], group, self.tokenizer)]
         results = iter(self.rewards.score(inputs) if inputs else [])
         return [(row_of(i, sample, next(results)), sample) for i, group in groups.items() for sample in group]
+
+
+def seed_of(seed: int, step: int, attempt: int, name: str, number: int) -> int:
+    """Of a step's draw, a prompt and its place among the step's prompts (the same prompt may come twice); in 62 bits,
+    far apart from one another."""
+    said = f"{seed}/{step}/{attempt}/{name}/{number}".encode()
+    return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest()) >> 2
 
 
 def single_turns(prompt: Prompt, completions: Sequence[Completion]) -> list[Sample]:

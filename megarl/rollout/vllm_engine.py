@@ -59,6 +59,7 @@ class VLLMEngine:
         max_model_len: int,
         seed: int,
         deadline_s: float | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
         """Start the engine with the weights in `model_path`. `seed` must be the same on all ranks of an engine.
 
@@ -97,11 +98,12 @@ class VLLMEngine:
             _check_platform(self._on_cpu)
             deadline = None if deadline_s is None else math.ceil(deadline_s)
             args = EngineArgs(
-                **self._arguments(model_path, rollout, dtype),
+                **self._arguments(model_path, rollout, dtype, max_model_len),
                 # One rank alone needs no launcher's variables. With more, vLLM joins the groups that exist.
                 distributed_executor_backend="uni" if world == 1 else "external_launcher",
                 max_model_len=max_model_len,
                 seed=seed,
+                trust_remote_code=trust_remote_code,
                 distributed_timeout_seconds=deadline,
                 cpu_distributed_timeout_seconds=deadline,
             )
@@ -117,7 +119,7 @@ class VLLMEngine:
             if rollout.router_replay:
                 self._record_routes(first_rank=rank % tp == 0)
 
-    def _arguments(self, model_path: str, rollout: RolloutConfig, dtype: str) -> dict[str, Any]:
+    def _arguments(self, model_path: str, rollout: RolloutConfig, dtype: str, max_model_len: int) -> dict[str, Any]:
         arguments = model_arguments(self._spec, on_cpu=self._on_cpu)
         if rollout.router_replay:
             arguments |= replay_arguments(on_cpu=self._on_cpu)
@@ -134,6 +136,10 @@ class VLLMEngine:
             "use_tqdm_on_load": False,
         }
         if self._on_cpu:
+            if rollout.seed_per_request:
+                # vLLM would wind back the generator of a prompt that it reads in parts, which one on a CPU cannot be.
+                longest = rollout.max_num_batched_tokens and max(rollout.max_num_batched_tokens, max_model_len)
+                arguments |= {"enable_chunked_prefill": False, "max_num_batched_tokens": longest}
             # Compiling takes longer than a CPU run gains from it. An explicit cache size also spares the profile run.
             return arguments | {"enforce_eager": True, "kv_cache_memory_bytes": int(rollout.kv_cache_gb * 2**30)}
         return arguments | {
@@ -153,26 +159,34 @@ class VLLMEngine:
 
     # --- generate -----------------------------------------------------------------------------------------------------
 
-    def generate(self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int) -> list[list[Completion]]:
-        """Sample `sampling.n` completions for each prompt; the same call with the same seed gives the same tokens."""
+    def generate(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, seed: int | Sequence[int]
+    ) -> list[list[Completion]]:
+        """Sample `sampling.n` completions for each prompt; the same call with the same seed gives the same tokens.
+
+        With a seed for each prompt, its tokens do not depend on the other prompts, but for the rounding of kernels that
+        treat batches of different sizes differently. Sample k has the seed + k: leave as much room between seeds.
+        """
         self._refuse_unless_ready()
         self._refuse_bad_prompts(prompts)
         with self._process.vllm():
-            # vLLM draws from torch's default generators (V1 model runner) or from numpy's (V2).
-            torch.manual_seed(seed)
-            np.random.seed(seed % 2**32)
+            seeds = [None] * len(prompts) if isinstance(seed, int) else list(seed)
+            if isinstance(seed, int):
+                # vLLM draws from torch's default generators (V1 model runner) or from numpy's (V2).
+                torch.manual_seed(seed)
+                np.random.seed(seed % 2**32)
             # A prefix computed in an earlier call is split into other kernels than a fresh one: not bitwise the same.
             self._engine.reset_prefix_cache()
-            outputs = self._run(prompts, _sampling_params(sampling))
+            outputs = self._run(prompts, [_sampling_params(sampling, own) for own in seeds])
         # vLLM refuses n > 1 at temperature 0, where all n are equal anyway.
         copies = sampling.n if sampling.temperature == 0 else 1
         return [_completions(outputs[index], self._spec) * copies for index in range(len(prompts))]
 
-    def _run(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> dict[int, RequestOutput]:
+    def _run(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> dict[int, RequestOutput]:
         from vllm import RequestOutput, TokensPrompt
 
-        for index, prompt in enumerate(prompts):
-            self._engine.add_request(str(index), TokensPrompt(prompt_token_ids=list(prompt)), params)
+        for index, (prompt, own) in enumerate(zip(prompts, params, strict=True)):
+            self._engine.add_request(str(index), TokensPrompt(prompt_token_ids=list(prompt)), own)
         finished: dict[int, RequestOutput] = {}
         while self._engine.has_unfinished_requests():
             for output in self._engine.step():
@@ -344,7 +358,7 @@ def _checked_config(args: EngineArgs) -> Any:
     return config
 
 
-def _sampling_params(sampling: Sampling) -> SamplingParams:
+def _sampling_params(sampling: Sampling, seed: int | None) -> SamplingParams:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -352,6 +366,7 @@ def _sampling_params(sampling: Sampling) -> SamplingParams:
         n=1 if sampling.temperature == 0 else sampling.n,
         max_tokens=sampling.max_tokens,
         temperature=sampling.temperature,
+        seed=seed,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
         stop_token_ids=list(sampling.stop_token_ids),

@@ -142,12 +142,14 @@ def small_config(hf: Mapping[str, Any], layout: SmallLayout) -> dict[str, Any]:
     return small
 
 
-def write_small_model(hf: Mapping[str, Any], layout: SmallLayout, folder: Path, seed: int) -> None:
-    """A random model of `small_config`, in fp32, as a Hugging Face directory."""
+def write_small_model(
+    hf: Mapping[str, Any], layout: SmallLayout, folder: Path, seed: int, changes: Mapping[str, Any] | None = None
+) -> None:
+    """A random model of `small_config` with ``changes``, in fp32, as a Hugging Face directory."""
     import torch
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-    small = small_config(hf, layout)
+    small = small_config(hf, layout) | dict(changes or {})
     architectures, kind = small.pop("architectures"), small.pop("model_type")
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**small)).float()

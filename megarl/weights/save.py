@@ -3,16 +3,18 @@ file."""
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megarl.model.family import CLASSIFIER, ModelSpec
+from megarl.parallel.collectives import gather_objects
 from megarl.parallel.mesh import Mesh
 from megarl.weights.hf_writer import HFDirectory, HFTensor, OpenFile, PlannedFile, plan_files
 from megarl.weights.plan import EVERYTHING, Box, Item, Needs, with_copies
@@ -36,7 +38,8 @@ def save_hf(
 
     ``stream_of`` gives the model's tensors to the ranks that this says. Files are dealt to ranks in turn, replicas
     included. A rank gets the tensors of one of its files at a time, and of no other rank's. Config and tokenizer come
-    from ``carry_from``; the directory has its name only when all of it is on disk.
+    from ``carry_from``; the directory has its name only when all of it is on disk. Raises OSError, on all ranks,
+    where the disk of any refuses it: then nothing of it stays, and a directory that was there before is untouched.
     """
     files: list[PlannedFile] = []
 
@@ -52,18 +55,34 @@ def save_hf(
 
     stream = stream_of(deal)
     directory = HFDirectory(path, files, overwrite=overwrite)
-    if mesh.rank == 0:
-        directory.begin()
-    dist.barrier(group=mesh.host_group)
-    _write(stream, directory)
-    dist.barrier(group=mesh.host_group)
-    if mesh.rank == 0:
-        dropped = spec.mtp_in_checkpoint > spec.mtp_num_layers
-        changes: dict[str, Any] = {"num_nextn_predict_layers": spec.mtp_num_layers} if dropped else {}
-        if spec.scalar_head:
-            changes |= as_classifier(spec.family.hf_architectures[0])
-        directory.finish(carry_from, config_changes=changes)
-    dist.barrier(group=mesh.host_group)
+    try:
+        _together(mesh, directory.begin if mesh.rank == 0 else None)
+        _together(mesh, lambda: _write(stream, directory))
+        finish = partial(directory.finish, carry_from, config_changes=_changes(spec))
+        _together(mesh, finish if mesh.rank == 0 else None)
+    except OSError:
+        if mesh.rank == 0:
+            shutil.rmtree(directory.partial, ignore_errors=True)  # of a disk that may be full
+        raise
+
+
+def _together(mesh: Mesh, work: Callable[[], None] | None) -> None:
+    """Let this rank work, if it has work, and wait for all. Raises OSError on every rank if it was raised on one."""
+    error = None
+    try:
+        if work is not None:
+            work()
+    except OSError as reason:
+        error = f"rank {mesh.rank}: {reason}"
+    if errors := [said for said in gather_objects(error, mesh.host_group) if said]:
+        raise OSError(errors[0])
+
+
+def _changes(spec: ModelSpec) -> dict[str, Any]:
+    """What config.json says otherwise than the source's."""
+    dropped = spec.mtp_in_checkpoint > spec.mtp_num_layers
+    changes: dict[str, Any] = {"num_nextn_predict_layers": spec.mtp_num_layers} if dropped else {}
+    return changes | (as_classifier(spec.family.hf_architectures[0]) if spec.scalar_head else {})
 
 
 def as_classifier(architecture: str) -> dict[str, Any]:
@@ -84,10 +103,12 @@ def _side_by_side(items: list[Item], files: list[PlannedFile], world_size: int) 
 
 
 def _write(stream: WeightStream, directory: HFDirectory) -> None:
-    """Fill this rank's files, one after the other, each on disk before the next begins."""
+    """Fill this rank's files, one after the other, each on disk before the next begins. An OSError waits for the end of
+    the stream, which all ranks have to take part in; the space was taken before, so that filling itself needs none."""
     file_of = {tensor.name: file for file in directory.files for tensor in file.tensors}
     being_filled: dict[str, OpenFile] = {}
     left: Counter[str] = Counter()
+    error: OSError | None = None
 
     def place(name: str) -> torch.Tensor:
         file = file_of[name]
@@ -100,5 +121,10 @@ def _write(stream: WeightStream, directory: HFDirectory) -> None:
         file = file_of[name].name
         left[file] -= 1
         if left[file] == 0:
-            being_filled.pop(file).finish()
+            try:
+                being_filled.pop(file).finish()
+            except OSError as reason:
+                error = error or reason
+    if error is not None:
+        raise error
     assert not being_filled, f"tensors that did not come: {left}"

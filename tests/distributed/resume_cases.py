@@ -26,12 +26,19 @@ class StopsAfter:
         pass
 
 
-def train(recipe: str, overrides: list[str], stop_after: int | None = None, only_on: int | None = None) -> str | None:
-    """Run the recipe; ``stop_after`` steps it is told to stop, on all ranks or on one. Returns why it stopped."""
+def train(
+    recipe: str,
+    overrides: list[str],
+    stop_after: int | None = None,
+    only_on: int | None = None,
+    phase: str = "train",
+) -> str | None:
+    """Run the recipe; in a phase of step ``stop_after`` it is told to stop, on all ranks or on one. Returns why it
+    stopped."""
     cfg = load([recipe, *overrides])
     mesh = build_mesh(cfg)
     told = only_on is None or mesh.rank == only_on
-    watchdog = StopsAfter(stop_after if told else None)
+    watchdog = StopsAfter(stop_after if told else None, phase)
     run = Run(cfg, mesh.rank, mesh.world_size, mesh.describe(), None, watchdog, find(cfg, mesh))
     ALGORITHMS[cfg.algorithm](cfg, run, mesh)
     run.finish()
@@ -39,9 +46,10 @@ def train(recipe: str, overrides: list[str], stop_after: int | None = None, only
 
 
 def poisoned(
-    recipe: str, overrides: list[str], at: list[int], on_rank: int
+    recipe: str, overrides: list[str], at: list[int], on_rank: int, factor: float = float("nan"), how: str = "all"
 ) -> tuple[list[int], str | None, list[float]]:
-    """Train with weights that one rank makes NaN just for these steps' updates. Returns (steps that ran, the error that
+    """Train with a loss that one rank multiplies by ``factor`` in these steps: of all samples, of the "first" of each
+    microbatch, or "once", the first time that it is computed. Returns (steps that ran, the error that
     ended it, the policy's first weights at the end)."""
     from megarl.algorithms import sft
     from megarl.model.engine import Engine, NonFiniteError
@@ -59,7 +67,7 @@ def poisoned(
             engines[:] = [self]
             ran.append(len(ran) + 1)
             bad = len(ran) in at and mesh.rank == on_rank
-            return super().step(samples, _not_a_number if bad else loss, **kwargs)
+            return super().step(samples, _Multiplied(factor, how) if bad else loss, **kwargs)
 
     original, sft.Engine, error = sft.Engine, Poisoned, None
     try:
@@ -72,5 +80,16 @@ def poisoned(
     return ran, error, next(engines[0].model.parameters()).detach().flatten()[:8].tolist()
 
 
-def _not_a_number(logps, batch):  # type: ignore[no-untyped-def]
-    return logps * float("nan"), {}
+class _Multiplied:
+    """A loss that goes wrong."""
+
+    def __init__(self, factor: float, how: str) -> None:
+        self.factor, self.how, self.calls = factor, how, 0
+
+    def __call__(self, logps, batch):  # type: ignore[no-untyped-def]
+        self.calls += 1
+        first = batch.cu_seqlens[1] if self.how == "first" else len(logps)
+        factors = logps.new_ones(len(logps))
+        if self.how != "once" or self.calls == 1:
+            factors[:first] = self.factor
+        return -logps * factors, {}

@@ -6,7 +6,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -40,11 +43,13 @@ def recipe(tiny_chat_model, tmp_path):
     return path
 
 
-def start(recipe, *overrides):
+def start(recipe, *overrides, before=None):
     command = [sys.executable, "-m", "megarl", "train", str(recipe), *overrides]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True, preexec_fn=before
+    )
 
 
 def ranks_of(job):
@@ -82,8 +87,8 @@ def gone(pids):
     return not any(psutil.pid_exists(pid) for pid in pids)
 
 
-def finish(recipe, *overrides):
-    job = start(recipe, *overrides)
+def finish(recipe, *overrides, before=None):
+    job = start(recipe, *overrides, before=before)
     out, _ = job.communicate(timeout=240)
     assert job.returncode == 0, out
     return out
@@ -121,6 +126,56 @@ def test_kill_9_at_any_moment_loses_no_more_than_a_period(recipe, save):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("where", ["TP all-reduce", "PP send", "save"])
+def test_a_rank_that_is_killed_is_named_with_its_phase(recipe, where):
+    """In a step of a divided model, or while a checkpoint is being written: the other rank says whom it lost, all are
+    gone within seconds, and what had its name before is whole."""
+    layout = {
+        "TP all-reduce": "parallel.tensor_model_parallel_size=2",
+        "PP send": "parallel.pipeline_model_parallel_size=2",
+    }
+    more = [layout[where]] if where in layout else ["checkpoint.save_period=1", "checkpoint.async_save=false"]
+    root = recipe.parent / "faults" / "checkpoints"
+    job = start(recipe, "run.max_num_steps=100000", "run.max_num_epochs=99999", *more)
+    pids = ranks_of(job)
+    wait_for_step(recipe, 5, job)
+    while where == "save" and not list(root.glob("*.incomplete")):
+        time.sleep(0.0005)
+    os.kill(pids[1], signal.SIGKILL)
+    killed = time.monotonic()
+    out, _ = job.communicate(timeout=120)
+    assert time.monotonic() - killed < 30 and gone(pids) and job.returncode == 1, out
+    assert re.search(r"no longer running: rank 1 on \S+ \(phase '(step|train|save)'\)", out), out
+    disk.verify(disk.finished(root)[0])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("save", ["sync", "async"])
+def test_killed_at_every_write_point(recipe, tmp_path, save):
+    """A real save, killed before each file is opened, in each write, before each fsync and rename: what has its
+    name verifies, the run goes on from the newest of it, and is the run that nobody touched."""
+    script = Path(__file__).with_name("kill_points.py")
+    recipe.write_text(
+        recipe.read_text().replace("save_period: 4", "save_period: 1").replace("per_node: 2", "per_node: 1")
+    )
+    command = [sys.executable, str(script), str(recipe), str(tmp_path / "points"), save]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1000, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    outcomes = json.loads(done.stdout)
+    print("\n".join(f"{o['at']}: {o['named']}" for o in outcomes))
+    kinds = {outcome["at"].split()[0] for outcome in outcomes}
+    assert kinds >= {"open", "write", "fsync", "os.rename", "os.mkdir"} and len(outcomes) > 30
+    assert any("latest_checkpointed" in outcome["at"] for outcome in outcomes)
+    for outcome in outcomes:
+        assert outcome["named"] == outcome["whole"] and outcome["resumed"] == outcome["named"][0], outcome
+        assert outcome["left"] == [] and outcome["losses"] == outcomes[0]["losses"], outcome
+    assert {outcome["resumed"] for outcome in outcomes} == {1, 2}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_one_rank_saves_and_stops_all(recipe, number):
     expected = straight(recipe)
@@ -129,7 +184,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all(recipe, number):
     wait_for_step(recipe, 5, job)
     os.kill(pids[1], number)
     out, _ = job.communicate(timeout=120)
-    assert job.returncode != 0 and "Exit code 75" in out and gone(pids), out
+    assert job.returncode == 75 and "Exit code 75" in out and gone(pids), out
     stopped = len(losses(recipe))
     assert disk.verify(disk.finished(recipe.parent / "faults" / "checkpoints")[0]).step == stopped < 40
     assert f"resumed from step {stopped}" in finish(recipe)
@@ -142,7 +197,7 @@ def test_a_signal_to_the_launcher_saves_and_a_second_ends_at_once(recipe):
     wait_for_step(recipe, 5, job)
     job.send_signal(signal.SIGUSR1)
     out, _ = job.communicate(timeout=120)
-    assert "stopped after step" in out and "SIGUSR1" in out, out
+    assert job.returncode == 75 and "stopped after step" in out and "SIGUSR1" in out, out
     job = start(recipe)
     pids = ranks_of(job)
     wait_for_step(recipe, len(losses(recipe)) + 2, job)
@@ -162,9 +217,33 @@ def test_the_clock_stops_a_run_in_time(recipe):
         recipe, "run.max_num_steps=100000", "run.max_num_epochs=99999", "checkpoint.checkpoint_must_save_by=0:00:00:30"
     )
     out, _ = job.communicate(timeout=200)
-    assert "are left until checkpoint.checkpoint_must_save_by" in out, out
+    assert job.returncode == 75 and "are left until checkpoint.checkpoint_must_save_by" in out, out
     step = disk.verify(disk.finished(recipe.parent / "faults" / "checkpoints")[0]).step
     assert f"stopped after step {step} of" in out
+
+
+@pytest.mark.slow
+def test_ranks_that_cannot_meet_say_why_at_once(recipe):
+    """A name that nothing resolves, and a port that another program has, where a launcher has set them."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        for address, said in (
+            (
+                {"MASTER_ADDR": "no-such-host.invalid", "MASTER_PORT": "29500"},
+                "no-such-host.invalid: .* cannot resolve",
+            ),
+            (
+                {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+                f"MASTER_PORT={port}: another program of 127.0.0.1",
+            ),
+        ):
+            environment = os.environ | {"PYTHONPATH": str(ROOT), "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+            command = [sys.executable, "-m", "megarl.train", str(recipe), "cluster.gpus_per_node=1"]
+            done = subprocess.run(command, env=environment | address, capture_output=True, text=True, timeout=120)
+            assert done.returncode == 1 and re.search(f"rank 0: .*{said}", done.stderr), done.stderr
+            assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
@@ -181,6 +260,88 @@ def test_damage_is_skipped_and_said(recipe):
     assert "skippedacheckpoint:" in out and f"{victim.name}:itscontentisnotwhatwaswritten" in out
     assert f"resumedfromstep{disk.step_of(before)}" in out
     assert losses(recipe) == expected
+
+
+class Limited:
+    """Files of at most so many bytes, for the run and its ranks."""
+
+    def __init__(self, run):
+        self.overrides = ["checkpoint.save_contents=[model,optimizer,hf]"]
+
+    def before_start(self):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    def undo(self):
+        """It was the process's own."""
+
+
+class SmallDisk:
+    """A file system of its own for the run's folder, with 100 kB left."""
+
+    def __init__(self, run):
+        self.run, kept = run, run.with_name("kept")
+        run.rename(kept)
+        run.mkdir()
+        shell("mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", run)
+        shell("cp", "-a", f"{kept}/.", run)
+        used = os.statvfs(run)
+        bytes_used = (used.f_blocks - used.f_bfree) * used.f_frsize
+        shell("mount", "-o", f"remount,size={bytes_used + 100_000}", run)
+        self.overrides = []
+
+    def before_start(self):
+        """Nothing for the process itself."""
+
+    def undo(self):
+        shell("umount", "-l", self.run)
+
+
+class ReadOnly(SmallDisk):
+    """A checkpoints folder that nothing can be written to."""
+
+    def __init__(self, run):
+        self.run = run / "checkpoints"
+        shell("mount", "--bind", self.run, self.run)
+        shell("mount", "-o", "remount,ro,bind", self.run)
+        self.overrides = []
+
+
+def shell(*command):
+    subprocess.run(list(map(str, command)), check=True)
+
+
+def can_mount():
+    return os.geteuid() == 0 and subprocess.run(["unshare", "--mount", "true"], check=False).returncode == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [Limited, SmallDisk, ReadOnly])
+def test_a_disk_that_takes_nothing_costs_saves_and_no_steps(recipe, fault):
+    """After a whole checkpoint of step 4 no other can be written: the run goes on, says so with the path and the free
+    bytes, and leaves nothing half-made; with on_save_error=stop it ends at the first."""
+    if fault is not Limited and not can_mount():
+        pytest.skip("mounting a file system needs root")
+    finish(recipe, "run.max_num_steps=4")
+    run = recipe.parent / "faults"
+    before = json.loads((run / "checkpoints" / "iter_0000004" / disk.MANIFEST).read_text())
+    limit = fault(run)
+    more = ["run.max_num_steps=12", "checkpoint.save_at_end=false", *limit.overrides]
+    try:
+        out = "".join(finish(recipe, *more, before=limit.before_start).split())  # the console breaks lines
+        assert [record["step"] for record in read_metrics(run)] == list(range(1, 13))
+        assert "thecheckpointofstep8wasnotwritten" in out and "thecheckpointofstep12wasnotwritten" in out
+        assert ("theexportofstep8wasnotwritten" in out) == (fault is Limited)
+        said = [json.loads(line)["event"] for line in (run / "events.jsonl").read_text().splitlines()]
+        assert all(f"bytes are free in {run}" in event and str(run / "checkpoints") in event for event in said[:1])
+        folder = run / "checkpoints"
+        assert [path.name for path in disk.finished(folder)] == ["iter_0000004"] and disk.leftovers(folder) == []
+        assert disk.verify(folder / "iter_0000004").step == 4 == disk.pointed(folder)
+        assert json.loads((folder / "iter_0000004" / disk.MANIFEST).read_text()) == before
+        job = start(recipe, *more, "checkpoint.on_save_error=stop", before=limit.before_start)
+        out, _ = job.communicate(timeout=240)
+        assert job.returncode == 1 and "CheckpointError: the checkpoint of step 8 was not written" in out
+    finally:
+        limit.undo()
 
 
 @pytest.mark.slow

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from methods import BATCH, GROUP, MAX_COMPLETION, METHODS, STEPS, Method, read
-from transformers import AutoTokenizer
 
 from megarl.algorithms import ALGORITHMS
 from megarl.algorithms.credit import ESTIMATORS, Step, give
 from megarl.algorithms.onpolicy import attach
 from megarl.config import Config, load
 from megarl.data.records import Sample
+from megarl.data.tokenizer import load_tokenizer
 from megarl.losses.policy import grpo
 from megarl.model.engine import Engine
 from megarl.model.family import read_spec
@@ -72,7 +72,7 @@ def from_data(cfg: Config, mesh: Mesh) -> Curves:
 
 def from_completions(cfg: Config, mesh: Mesh, folder: Path, updates: int) -> Curves:
     """Log-probabilities, advantages and updates of `megarl.algorithms.grpo`."""
-    tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
+    tokenizer = load_tokenizer(cfg.model)
     policy = Engine(cfg, mesh, read_spec(cfg.model.path), temperature=1.0, total_updates=STEPS)
     reference = policy.weights()
     rows = read(folder, "groups")

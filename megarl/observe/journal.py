@@ -1,0 +1,46 @@
+"""Files of lines that a run appends to, and that a full disk must not end it by."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+
+class Journal:
+    """Appends whole lines to a file, each on its way to the disk when `append` returns.
+
+    Where the disk takes nothing (it is full, or cannot be written to), the lines wait in memory, and the next `append`
+    tries again: the file has every line once, in order, as soon as there is room. Standard error says so once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._waiting = b""
+        self._said = False
+
+    def append(self, lines: Iterable[str]) -> None:
+        """Add lines, given without their ends."""
+        self._waiting += "".join(line + "\n" for line in lines).encode()
+        try:
+            self._write()
+            self._said = False
+        except OSError as reason:
+            if not self._said:
+                print(f"{self.path}: {reason}; what was to be written there waits in memory", file=sys.stderr)
+            self._said = True
+
+    def close(self) -> None:
+        """Try a last time. Raises OSError where lines are left that the disk does not take."""
+        self._write()
+
+    def _write(self) -> None:
+        if not self._waiting:
+            return
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            while self._waiting:  # a write may take a part, also of a line: the rest follows right behind it
+                self._waiting = self._waiting[os.write(file, self._waiting) :]
+        finally:
+            os.close(file)
