@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megarl.model.family import EMBEDDING, ModelSpec
+from megarl.weights.boxed import Boxed
+from megarl.weights.checksums import checksum, sum_of_segment
 from megarl.weights.exchange import Arrived, pack, packed_bytes, room, unpack
-from megarl.weights.plan import Box, Held, Holders, Item, items_of, make_plan, share_of
-from megarl.weights.rules import CanonTensor
+from megarl.weights.plan import Box, Held, Holders, Item, boxes_of, items_of, make_plan, share_of
+from megarl.weights.rules import CanonTensor, Shard
 from megarl.weights.shard import local_shape, segments
 from megarl.weights.transport import Unpacking
-from tests.test_rules import specs
+from tests.test_rules import MODELS, specs
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One replica: ``pp`` stages of max(tp, ep x etp) ranks."""
+    """One replica: ``pp`` stages of max(tp, ep x etp) ranks. Layers are dealt in chunks to the stages in turn, more
+    than once around where the pipeline is interleaved."""
 
     tp: int
     ep: int
     etp: int
-    layers: tuple[int, ...]  # of each pipeline stage
-    whole_down: bool  # whether MLA's down projections are whole, as with Transformer Engine's layers
+    pp: int
+    chunks: tuple[int, ...]  # layers of each chunk, in the model's order
 
     @property
     def width(self) -> int:
@@ -33,18 +38,21 @@ class Layout:
 
     @property
     def size(self) -> int:
-        return self.width * len(self.layers)
+        return self.width * self.pp
+
+    def stage_of(self, layer: int) -> int:
+        ends = itertools.accumulate(self.chunks)
+        return next(k for k, end in enumerate(ends) if layer < end) % self.pp
 
     def holds(self, spec: ModelSpec, tensor: CanonTensor, rank: int) -> tuple[int, int] | None:
         """(cut, cuts) of what a rank holds of a tensor."""
         stage, j = divmod(rank, self.width)
-        last = stage == len(self.layers) - 1
+        last = stage == self.pp - 1
         parts = tensor.name.split(".")
         if parts[0] == "decoder" and parts[1] == "layers":
-            first = sum(self.layers[:stage])
-            here = first <= int(parts[2]) < first + self.layers[stage]
+            here = stage == self.stage_of(int(parts[2]))
         elif tensor.name == EMBEDDING:
-            here = stage == 0 or (spec.tied and last)
+            here = stage == 0 or (last and (spec.tied or spec.mtp_num_layers > 0))
         else:
             here = last
         if tensor.expert is not None:
@@ -55,8 +63,7 @@ class Layout:
             size, at = self.tp, j % self.tp
         if not here:
             return None
-        cuts = 1 if self.whole_down and tensor.shard.value == "down" else size
-        return share_of(tensor, local_shape(tensor, cuts if tensor.shard.value != "replicated" else 1), size, at)
+        return share_of(tensor, local_shape(tensor, 1 if tensor.shard is Shard.REPLICATED else size), size, at)
 
 
 def random_hf(spec: ModelSpec, seed: int) -> dict[str, torch.Tensor]:
@@ -78,25 +85,31 @@ def parameters_of(spec: ModelSpec, layout: Layout, hf: dict[str, torch.Tensor], 
         share = layout.holds(spec, tensor, rank)
         if share is None:
             continue
-        cut, cuts = share
-        local = torch.zeros(local_shape(tensor, cuts), dtype=torch.int16)
-        for part in segments(tensor, cuts, cut):
-            local[part.local_rows] = part.view(hf[part.hf])
-        parameters[tensor.name] = local
-        held[tensor.name] = Held(cut, cuts, torch.int16)
+        parameters[tensor.name] = local_of(tensor, hf, *share)
+        held[tensor.name] = Held(*share, torch.int16)
     return parameters, held
 
 
-def exchange(spec, layout, hf, needs, bucket_bytes, items=None, lasting=True):
-    """What every rank gets: name -> tensor, and the largest buffers of any rank and bucket."""
+def local_of(tensor: CanonTensor, hf: dict[str, torch.Tensor], cut: int, cuts: int) -> torch.Tensor:
+    """One of ``cuts`` shares of a megatron tensor."""
+    local = torch.zeros(local_shape(tensor, cuts), dtype=torch.int16)
+    for part in segments(tensor, cuts, cut):
+        local[part.local_rows] = part.view(hf[part.hf])
+    return local
+
+
+def exchange(spec, layout, hf, needs, bucket_bytes, items, lasting=True):
+    """What every rank gets, name -> tensor; how often each element of it reaches the rank; and the largest buffers of
+    any rank and bucket."""
     ranks = range(layout.size)
     parameters, held = zip(*(parameters_of(spec, layout, hf, rank) for rank in ranks), strict=True)
     holders = Holders(spec.tensors(), held)
-    items = items or items_of(spec.tensors(), holders.dtypes)
     plans = [make_plan(items, holders, needs, layout.size, rank, bucket_bytes) for rank in ranks]
+    boxes = [boxes_of(items, needs, rank) for rank in ranks]
     assert len({len(plan) for plan in plans}) == 1
     got: list[dict[str, torch.Tensor]] = [{} for _ in ranks]
     unfinished: list[dict[str, torch.Tensor]] = [{} for _ in ranks]
+    counts = [{item.name: torch.zeros(item.shape, dtype=torch.int16) for item in items} for _ in ranks]
     largest = 0
     for step in zip(*plans, strict=True):
         own = [lambda block, mine=mine: block.of(mine[block.tensor]) for mine in parameters]
@@ -108,29 +121,17 @@ def exchange(spec, layout, hf, needs, bucket_bytes, items=None, lasting=True):
             pieces = [buffer.split(cuts)[rank] for buffer, cuts in zip(buffers, sizes, strict=True)]
             assert [len(piece) for piece in pieces] == room(bucket, layout.size)
             largest = max(largest, sum(map(len, pieces)) + len(buffers[rank]))
+            for _, block in bucket.arrivals:
+                block.hf.view(counts[rank][block.item.name]).add_(1)
             arrived = Arrived(Unpacking(pieces), lasting=lasting)
-            for name, tensor in unpack(bucket, arrived, own[rank], unfinished[rank]):
+            for name, tensor in unpack(bucket, arrived, own[rank], unfinished[rank], boxes[rank]):
                 assert name not in got[rank]
                 got[rank][name] = tensor
         if not lasting:
             for buffer in buffers:
                 buffer.fill_(0xAB)
     assert not any(unfinished)
-    return got, largest
-
-
-def delivered(spec, layout, needs, rank, items) -> dict[str, torch.Tensor]:
-    """How many times each element of each tensor reaches a rank."""
-    held = [
-        {t.name: Held(*share, torch.int16) for t in spec.tensors() if (share := layout.holds(spec, t, r)) is not None}
-        for r in range(layout.size)
-    ]
-    holders = Holders(spec.tensors(), held)
-    counts = {item.name: torch.zeros(item.shape, dtype=torch.int16) for item in items}
-    for bucket in make_plan(items, holders, needs, layout.size, rank, 1 << 12):
-        for _, block in bucket.arrivals:
-            block.hf.view(counts[block.item.name]).add_(1)
-    return counts
+    return got, counts, largest
 
 
 def wanted(items: list[Item], needs, rank) -> dict[str, torch.Tensor]:
@@ -150,21 +151,21 @@ def wanted(items: list[Item], needs, rank) -> dict[str, torch.Tensor]:
 
 
 @st.composite
-def cases(draw):
-    spec = draw(specs()).without_mtp()
-    fits = [n for n in (1, 2, 4) if _divides(spec, n, 1)]
-    tp = draw(st.sampled_from(fits))
+def cases(draw, family):
+    spec = draw(specs(family, most_layers=4))
+    if draw(st.booleans()):
+        spec = spec.without_mtp()
+    tp = draw(st.sampled_from([n for n in (1, 2, 4) if _divides(spec, n, 1)]))
     ep, etp = 1, tp
     if spec.moe:
         ep = draw(st.sampled_from([n for n in (1, 2, 4) if spec.moe.num_experts % n == 0]))
-        etp = draw(st.sampled_from([n for n in (1, 2, 4) if _divides(spec, 1, n)]))
-        if max(tp, ep * etp) % min(tp, ep * etp):
-            etp = 1
-    layers, stages = spec.num_layers, []
-    while layers:
-        stages.append(draw(st.integers(1, layers)))
-        layers -= stages[-1]
-    layout = Layout(tp, ep, etp, tuple(stages), draw(st.booleans()))
+        etp = draw(st.sampled_from([n for n in (1, 2) if _divides(spec, 1, n)]))
+    pp = draw(st.integers(1, min(3, spec.num_layers)))
+    vpp = draw(st.integers(1, spec.num_layers // pp))
+    # Any number of layers a chunk, at least one: cuts between layers, in order.
+    between = st.lists(st.integers(1, spec.num_layers - 1), min_size=pp * vpp - 1, max_size=pp * vpp - 1, unique=True)
+    cuts = [0, *(sorted(draw(between)) if pp * vpp > 1 else []), spec.num_layers]
+    layout = Layout(tp, ep, etp, pp, tuple(b - a for a, b in itertools.pairwise(cuts)))
     return spec, layout, draw(st.integers(0, 2**31)), draw(st.sampled_from([4_000, 20_000, 10**9]))
 
 
@@ -177,14 +178,26 @@ def _divides(spec: ModelSpec, tp: int, etp: int) -> bool:
     return True
 
 
-@given(cases(), st.randoms(use_true_random=False))
-@settings(max_examples=10, deadline=None)
-def test_every_rank_gets_what_it_needs_bit_for_bit_and_once(case, random):
+EXPERTS = ("deepseek_v2", "deepseek_v3", "gpt_oss", "mixtral", "qwen3_moe")  # many tensors: a second a case
+
+
+@pytest.mark.parametrize(
+    "family, examples",
+    [(family, 2 if family in EXPERTS else 8) for family in sorted(MODELS)]
+    + [pytest.param(family, 25, marks=pytest.mark.slow) for family in sorted(MODELS)],
+)
+def test_every_rank_gets_what_it_needs_bit_for_bit_and_once(family, examples):
+    check = given(cases(family), st.randoms(use_true_random=False))(check_exchange)
+    settings(max_examples=examples, deadline=None)(check)()
+
+
+def check_exchange(case, random):
     spec, layout, seed, bucket_bytes = case
     hf = random_hf(spec, seed)
-    everything, largest = exchange(spec, layout, hf, lambda *_: Box(), bucket_bytes)
+    items = items_of(spec.tensors(), _int16(spec))
+    everything, _, largest = exchange(spec, layout, hf, lambda *_: Box(), bucket_bytes, items)
     # Blocks are padded to 16 bytes; a row may be larger than a bucket, and goes to every other rank.
-    row = max(item.shape[-1] for item in items_of(spec.tensors(), _int16(spec))) * 2
+    row = max(item.shape[-1] for item in items) * 2
     assert largest <= bucket_bytes + layout.size * (row + 16) * 16
     for got in everything:
         assert got.keys() == hf.keys()
@@ -198,15 +211,38 @@ def test_every_rank_gets_what_it_needs_bit_for_bit_and_once(case, random):
             boxes[rank, name] = random.choice(kinds)
         return boxes[rank, name]
 
-    items = items_of(spec.tensors(), _int16(spec))
-    some, _ = exchange(spec, layout, hf, needs, bucket_bytes, lasting=False)  # what arrives is overwritten afterwards
+    # What arrives is overwritten afterwards.
+    some, counts, _ = exchange(spec, layout, hf, needs, bucket_bytes, items, lasting=False)
     for rank in range(layout.size):
-        masks, counts = wanted(items, needs, rank), delivered(spec, layout, needs, rank, items)
+        masks, there = wanted(items, needs, rank), boxes_of(items, needs, rank)
         for item in items:
-            assert torch.equal(counts[item.name], masks[item.name]), item.name
-            if masks[item.name].any():
+            assert torch.equal(counts[rank][item.name], masks[item.name]), item.name
+            if not masks[item.name].any():
+                assert item.name not in some[rank]
+            elif item.name in there:  # the rank has memory for its box, and for nothing else
+                box, got = there[item.name], some[rank][item.name]
+                inside = hf[item.name][box.top : box.bottom]
+                inside = inside[:, box.left : box.right] if inside.dim() == 2 else inside
+                assert isinstance(got, Boxed) and got.shape == item.shape and torch.equal(got.box, inside), item.name
+                assert checksum(got) == sum_of(item, layout, spec, hf, box), item.name
+            else:
                 inside = masks[item.name] == 1
                 assert torch.equal(some[rank][item.name][inside], hf[item.name][inside]), item.name
+
+
+def sum_of(item, layout, spec, hf, box) -> int:
+    """What the ranks' own sums of their segments add up to."""
+    (part,) = item.parts
+    total, seen = 0, set()
+    for rank in range(layout.size):
+        share = layout.holds(spec, part, rank)
+        if share is None or share in seen:
+            continue
+        seen.add(share)
+        local = local_of(part, hf, *share)
+        here = [segment for segment in segments(part, share[1], share[0]) if segment.hf == item.name]
+        total += sum(int(sum_of_segment(local, segment, item.shape, box)) for segment in here)
+    return (total + 2**63) % 2**64 - 2**63
 
 
 def _int16(spec: ModelSpec) -> dict[str, torch.dtype]:

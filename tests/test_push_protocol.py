@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megarl.rollout import remote as module
 from megarl.rollout import wire
 from megarl.rollout.remote import RemoteEngines, RemoteError, Sender
-from megarl.rollout.vllm_model import checksum
+from megarl.weights.checksums import checksum
 
 CPU = torch.device("cpu")
 WEIGHTS = {f"layer.{i}.weight": torch.arange(64.0) + i for i in range(6)}  # 256 bytes each

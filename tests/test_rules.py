@@ -57,11 +57,11 @@ def spec_of(name: str, **changes) -> ModelSpec:
 
 
 @st.composite
-def specs(draw):
+def specs(draw, name=None, most_layers=3):
     groups = draw(st.sampled_from([1, 2, 3, 4]))
     return spec_of(
-        draw(st.sampled_from(sorted(MODELS))),
-        num_hidden_layers=draw(st.integers(1, 3)),
+        name or draw(st.sampled_from(sorted(MODELS))),
+        num_hidden_layers=draw(st.integers(1, most_layers)),
         hidden_size=16 * draw(st.integers(1, 3)),
         intermediate_size=16 * draw(st.integers(1, 3)),
         num_attention_heads=groups * draw(st.sampled_from([1, 2, 4])),

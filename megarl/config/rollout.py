@@ -148,7 +148,8 @@ class WeightSyncConfig:
     bucket_size_mb: int = 256
     """Weights travel from the policy to vLLM in exchanges for which no rank needs larger buffers."""
     verify: bool = False
-    """Send weights twice at every push, and stop if vLLM does not compute with the same bits after both."""
+    """At every push, compare checksums of what reaches vLLM with the policy's own; send all twice, and stop if vLLM
+    does not compute with the same bits after both."""
     max_gen_kl_error: float | None = None
     """Largest `gen_kl_error` (KL between what vLLM sampled with and what the policy computes) before it is an error."""
     max_token_mult_prob_error: float | None = None

@@ -20,6 +20,7 @@ from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransfe
 from vllm.distributed.weight_transfer.base import WeightTransferInitInfo, WeightTransferUpdateInfo
 
 from megarl.rollout import vllm_model, wire
+from megarl.weights.checksums import checksum
 
 
 @dataclass
@@ -89,7 +90,7 @@ class Transfer(WeightTransferEngine[Meeting, Announced]):
         assert self.group is not None
         sent = torch.zeros(1, dtype=torch.int64, device=buffer.device)
         self.group.broadcast(sent)
-        if (found := vllm_model.checksum(buffer)) != sent.item():
+        if (found := checksum(buffer)) != sent.item():
             names = f"{bucket[0][0]} to {bucket[-1][0]}"
             raise RuntimeError(f"a bucket of weights, {names}, has checksum {found}, but was sent with {sent.item()}")
 

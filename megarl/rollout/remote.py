@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from megarl.parallel.mesh import Mesh
 from megarl.rollout import wire
-from megarl.rollout.vllm_model import checksum
+from megarl.weights.checksums import checksum
 from megarl.weights.plan import EVERYTHING, Box, Item, Needs
 from megarl.weights.rules import CanonTensor
 from megarl.weights.stream import Deal

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from megarl.weights.checksums import checksum
+
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 HEAD = "lm_head.weight"
 _STACKED = re.compile(r"(.*\.mlp\.experts)\.((?:gate_up|down)_proj(?:_bias)?)")
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_CHUNK = 1 << 22  # elements that are summed at a time
 
 
 def begin_reload(model: torch.nn.Module) -> None:
@@ -92,19 +93,6 @@ def spoil(model: torch.nn.Module) -> None:
             parameter.data.view(_BITS[parameter.element_size()]).bitwise_not_()
     for module in model.modules():
         vars(module).pop("cpu_linear", None)  # the packed copy of the weight
-
-
-def checksum(tensor: torch.Tensor) -> int:
-    """Sum of all elements' bits, each times an odd number that depends on its place, modulo 2**64."""
-    if tensor.numel() == 0:
-        return 0
-    flat = tensor.detach().contiguous().view(_BITS[tensor.element_size()]).flatten()
-    total = torch.zeros((), dtype=torch.int64, device=tensor.device)
-    for start in range(0, flat.numel(), _CHUNK):
-        part = flat[start : start + _CHUNK].to(torch.int64)
-        factors = torch.arange(start, start + part.numel(), device=tensor.device) * 2 + 1
-        total += (part * factors).sum()
-    return int(total)
 
 
 def _matrix_of(module: Any) -> torch.Tensor:

@@ -5,12 +5,13 @@ Buffers hold, for each rank in turn, the blocks that a `megarl.weights.plan.Buck
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
-from megarl.weights.plan import Block, Bucket, aligned, buffer_bytes
+from megarl.weights.boxed import Boxed
+from megarl.weights.plan import Block, Box, Bucket, Item, aligned, buffer_bytes
 
 # A block of this rank's parameters, as a view of them.
 BlockOf = Callable[[Block], torch.Tensor]
@@ -52,13 +53,14 @@ def unpack(
     arrived: Arrived,
     own: BlockOf,
     unfinished: dict[str, torch.Tensor],
+    boxes: Mapping[str, Box],
     place: Place | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Put blocks together, and give a tensor away as soon as it has all of its own.
 
-    ``unfinished`` keeps tensors that go on in the next bucket. Without a ``place``, a tensor that arrived as
-    one block is a view of what arrived, if that lasts; never of a parameter, since some of vLLM's loaders write into
-    what they are given.
+    ``unfinished`` keeps tensors that go on in the next bucket. Of a tensor in ``boxes`` there is memory for the box
+    alone (`Boxed`), unless it has a ``place``. Without one, a tensor or box that arrived as one block is a view of what
+    arrived, if that lasts; never of a parameter, since some of vLLM's loaders write into what they are given.
     """
     name = ""
     for sender, block in bucket.arrivals:
@@ -67,11 +69,18 @@ def unpack(
         name = block.item.name
         travelled = sender in bucket.receives
         data = arrived.of(sender, block) if travelled else own(block)
-        if place is None and travelled and arrived.lasting and block.is_all:
-            unfinished[name] = data
+        box = boxes.get(name)
+        shape = block.item.shape if box is None else box.shape(len(block.item.shape))
+        if place is None and travelled and arrived.lasting and block.is_all_of(shape):
+            unfinished[name] = _in_whole(block.item, box, data)
             continue
         if name not in unfinished:
-            unfinished[name] = place(name) if place else data.new_empty(block.item.shape)
+            unfinished[name] = place(name) if place else _in_whole(block.item, box, data.new_empty(shape))
         block.hf.view(unfinished[name]).copy_(data)
     if name in bucket.completes:
         yield name, unfinished.pop(name)
+
+
+def _in_whole(item: Item, box: Box | None, data: torch.Tensor) -> torch.Tensor:
+    """A box's memory in a tensor of the item's shape."""
+    return data if box is None else Boxed(item.name, item.shape, data, (box.top, box.left)[: len(item.shape)])

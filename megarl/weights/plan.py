@@ -44,6 +44,11 @@ class Box:
     left: int = 0
     right: int | None = None
 
+    def shape(self, dimensions: int) -> tuple[int, ...]:
+        """Of a box without open ends, in a tensor of one or two dimensions."""
+        assert self.bottom is not None and self.right is not None, self
+        return (self.bottom - self.top, self.right - self.left)[:dimensions]
+
 
 EVERYTHING = Box()
 # (position of a rank, megarl tensor, HF tensor it is made of) -> what that rank needs of it
@@ -85,10 +90,9 @@ class Block:
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.item.dtype.itemsize
 
-    @property
-    def is_all(self) -> bool:
-        """Whether the HF tensor is this block and nothing else."""
-        return self.hf.index is None and not self.hf.transposed and self.shape == self.item.shape
+    def is_all_of(self, shape: tuple[int, ...]) -> bool:
+        """Whether the HF tensor, or a box of this shape in it, is this block and nothing else."""
+        return self.hf.index is None and not self.hf.transposed and self.shape == shape
 
     def of(self, parameter: torch.Tensor) -> torch.Tensor:
         """The block as a view of the parameter."""
@@ -142,6 +146,22 @@ def with_copies(items: list[Item], copies: Mapping[str, str]) -> list[Item]:
     return items + [replace(by_name[of], name=name) for name, of in copies.items()]
 
 
+def boxes_of(items: Iterable[Item], needs: Needs, position: int) -> dict[str, Box]:
+    """What of the items a rank gets, with no end left open. Not those of which it gets nothing or all, nor stacked
+    ones, for which it needs the whole tensor's memory."""
+    out = {}
+    for item in items:
+        box = needs(position, item.parts[0], item.name)
+        if box is None or len(item.parts) > 1 or item.parts[0].stacked is not None:
+            continue
+        rows, columns = item.shape if len(item.shape) == 2 else (*item.shape, 1)
+        right = columns if box.right is None else min(box.right, columns)
+        closed = Box(box.top, rows if box.bottom is None else min(box.bottom, rows), box.left, right)
+        if closed != Box(0, rows, 0, columns):
+            out[item.name] = closed
+    return out
+
+
 class Holders:
     """What every rank of the group holds. Raises ValueError where the shares of a tensor do not make it whole."""
 
@@ -162,6 +182,10 @@ class Holders:
             missing = set(range(cuts)) - self._at[tensor.name].keys()
             if missing:
                 raise ValueError(f"{tensor.name}: no rank of the group holds share {sorted(missing)} of {cuts}")
+
+    def first(self, name: str, cut: int) -> int:
+        """The first of those that hold the share."""
+        return min(self._at[name][cut])
 
     def sender(self, name: str, cut: int, receiver: int) -> int:
         """The receiver itself where it holds the share; else the holder nearest to it, likely on its node."""

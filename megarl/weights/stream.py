@@ -14,20 +14,24 @@ import torch.distributed as dist
 
 from megarl.model.family import ModelSpec
 from megarl.parallel.mesh import Mesh
+from megarl.weights.checksums import sum_of_segment
 from megarl.weights.exchange import Place, unpack
 from megarl.weights.names import canonical_parameters
 from megarl.weights.plan import (
     Block,
+    Box,
     Held,
     Holders,
     Item,
     Needs,
+    boxes_of,
     items_of,
     make_plan,
     share_of,
     whole,
 )
 from megarl.weights.rules import CanonTensor
+from megarl.weights.shard import segments
 from megarl.weights.transport import transport
 
 # The model's tensors, in streaming order -> the tensors that travel, in order, and who needs what of them (ranks by
@@ -48,8 +52,8 @@ def tensor_parallel(tensor: CanonTensor, mesh: Mesh) -> tuple[int, int]:
 class WeightStream:
     """The model as ``(HF name, tensor)`` pairs, layer by layer; on each rank those that ``deal`` gives it a box of.
 
-    A tensor has its full shape, and what lies outside the box is arbitrary. It may be a view of a
-    buffer with other tensors: copy what you keep. Iterating is a collective over the ranks of a model replica
+    A tensor has its full shape; where the box is not all of it, it is a `Boxed`, which has nothing outside. It may be a
+    view of a buffer with other tensors: copy what you keep. Iterating is a collective over the ranks of a model replica
     (``mesh.replica_group``), each of which iterates to the end. What travels, and when, is settled here, once:
     iterating exchanges no names, shapes or sizes.
     """
@@ -76,10 +80,13 @@ class WeightStream:
         self.value = value
         self.coming = coming or nullcontext
         tensors = {tensor.name: tensor for tensor in spec.tensors()}
-        holders = Holders(tensors.values(), self._held(tensors))
-        self.items, needs = deal(items_of(tensors.values(), holders.dtypes))
-        size, position = len(mesh.replica_ranks), mesh.replica_ranks.index(mesh.rank)
-        self.buckets = make_plan(self.items, holders, needs, size, position, bucket_bytes)
+        shares = self._held(tensors)
+        self._holders = Holders(tensors.values(), shares)
+        self.items, self._needs = deal(items_of(tensors.values(), self._holders.dtypes))
+        size, self._position = len(mesh.replica_ranks), mesh.replica_ranks.index(mesh.rank)
+        self._shares = shares[self._position]
+        self.buckets = make_plan(self.items, self._holders, self._needs, size, self._position, bucket_bytes)
+        self._boxes = boxes_of(self.items, self._needs, self._position)
         self.transport = transport(mesh, self.buckets, self._values, self._own, stays=coming is None)
 
     @property
@@ -112,9 +119,38 @@ class WeightStream:
                 arrived = on_its_way.wait()
                 if k + 1 < len(self.buckets):
                     on_its_way = self.transport.send(self.buckets[k + 1])
-                yield from unpack(bucket, arrived, self._own, unfinished, place)
+                yield from unpack(bucket, arrived, self._own, unfinished, self._boxes, place)
                 del arrived
             self.transport.end()
+
+    @torch.no_grad()
+    def sums(self) -> dict[str, int]:
+        """The checksum of every tensor that this rank gets, of its box: out of the parameters, by the rules, whatever
+        the exchange does. A collective over the ranks of a model replica."""
+        size = len(self.mesh.replica_ranks)
+        sums = torch.zeros(size, len(self.items), dtype=torch.int64, device=self.mesh.device)
+        with self.coming():
+            for column, item in enumerate(self.items):
+                for part in item.parts:
+                    boxes = [self._needs(position, part, item.name) for position in range(size)]
+                    found = {box: self._counted(item, part, box) for box in set(boxes) if box is not None}
+                    for position, box in enumerate(boxes):
+                        sums[position, column] += found.get(box, 0)
+        dist.all_reduce(sums, group=self.mesh.replica_group)
+        mine = sums[self._position].tolist()
+        return {item.name: total for item, total in zip(self.items, mine, strict=True) if self._gets(item)}
+
+    def _counted(self, item: Item, part: CanonTensor, box: Box) -> int | torch.Tensor:
+        """What this rank adds to the sum of a box; nothing where a rank before it holds the same."""
+        share = self._shares.get(part.name)
+        if share is None or self._holders.first(part.name, share.cut) != self._position:
+            return 0
+        parameter = self.value(self.parameters[part.name])
+        here = [segment for segment in segments(part, share.cuts, share.cut) if segment.hf == item.source]
+        return sum(sum_of_segment(parameter, segment, item.shape, box) for segment in here)
+
+    def _gets(self, item: Item) -> bool:
+        return any(self._needs(self._position, part, item.name) is not None for part in item.parts)
 
     def _values(self) -> dict[str, torch.Tensor]:
         return {name: self.value(parameter) for name, parameter in self.parameters.items()}

@@ -11,13 +11,11 @@ from torch import Tensor
 from megarl.model.family import ModelSpec
 from megarl.parallel.mesh import Mesh
 from megarl.rollout.vllm_layout import kept_by
+from megarl.weights.boxed import SyncError
+from megarl.weights.checksums import Checked
 from megarl.weights.plan import Box, Item, Needs
 from megarl.weights.rules import CanonTensor
 from megarl.weights.stream import Deal, WeightStream
-
-
-class SyncError(RuntimeError):
-    """vLLM does not hold the trainer's weights."""
 
 
 class Receiver(Protocol):
@@ -54,27 +52,38 @@ def push(stream: WeightStream, receiver: Receiver, *, verify: bool = False) -> N
 
     vLLM's cache takes memory only after the last bucket is gone, so the peak is weights plus two buckets.
 
-    With ``verify``, vLLM's weights are then spoiled and sent again, and what it computes with must be the same, bit for
-    bit, as it was before: so all of it is the trainer's, and was after the first time. Raises SyncError on all ranks,
-    naming vLLM's tensors that differ, or that no weight of the trainer's goes into.
+    With ``verify``, both sides are compared. The trainer sums up the bits of every tensor in its own parameters, by the
+    rules, and each rank those of what has come to it, as it goes into vLLM. Then vLLM's weights are spoiled and sent
+    again, and what it computes with must be the same, bit for bit, as before: so all of it comes from what was sent,
+    and did the first time. Raises SyncError on all ranks, naming the tensors.
     """
     receiver.wake_weights()
-    receiver.load_weights(stream)
     if verify:
-        _verify(stream, receiver)
+        _verified(stream, receiver)
+    else:
+        receiver.load_weights(stream)
     receiver.wake_kv_cache()
 
 
-def _verify(stream: WeightStream, receiver: Receiver) -> None:
-    held = receiver.checksums()
+def _verified(stream: WeightStream, receiver: Receiver) -> None:
+    expected = stream.sums()
+
+    def load() -> dict[str, int]:
+        arriving = Checked(stream, expected)
+        receiver.load_weights(arriving)
+        _raise_together(stream.mesh, "tensors reached vLLM with other bits than the trainer's", arriving.wrong)
+        return receiver.checksums()
+
+    before = load()
     receiver.spoil()
-    receiver.load_weights(stream)
-    sent = receiver.checksums()
-    differ = sorted(name for name in held.keys() | sent.keys() if held.get(name) != sent.get(name))
-    everywhere: list[list[str]] = [[] for _ in range(stream.mesh.world_size)]
-    dist.all_gather_object(everywhere, differ, group=stream.mesh.host_group)
+    after = load()
+    differ = sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))
+    _raise_together(stream.mesh, "vLLM did not hold what it was sent, in its own tensors", differ)
+
+
+def _raise_together(mesh: Mesh, problem: str, names: list[str]) -> None:
+    everywhere: list[list[str]] = [[] for _ in range(mesh.world_size)]
+    dist.all_gather_object(everywhere, names, group=mesh.host_group)
     found = [f"rank {rank}: {', '.join(names)}" for rank, names in enumerate(everywhere) if names]
     if found:
-        raise SyncError(
-            "vLLM did not hold the trainer's weights after a push (weight_sync.verify):\n  " + "\n  ".join(found)
-        )
+        raise SyncError(f"{problem} (weight_sync.verify):\n  " + "\n  ".join(found))

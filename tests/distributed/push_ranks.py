@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -23,9 +24,12 @@ from megarl.model.family import read_spec
 from megarl.parallel.mesh import Mesh, build_mesh
 from megarl.rollout.vllm_engine import Completion, Sampling, VLLMEngine
 from megarl.rollout.vllm_layout import kept_by
+from megarl.weights.plan import Box
+from megarl.weights.rules import CanonTensor
 from megarl.weights.stream import WeightStream
 from megarl.weights.sync import SyncError, push, to_engines
 from tests.conftest import TINY, TINY_OF
+from tests.distributed.transport_cases import Damaged
 
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5], [3], list(range(40, 57)), [77, 78]]
 SAMPLING = Sampling(n=4, max_tokens=12)
@@ -118,32 +122,6 @@ def vllm_of(path: Path, tp: int, dtype: str = "fp32", **rollout: Any) -> VLLMEng
     return VLLMEngine(str(path), config, dtype=dtype, device_type="cpu", max_model_len=64, seed=0)
 
 
-@dataclass
-class Poisoned:
-    """A stream whose tensors are NaN wherever this rank of vLLM's says that it needs nothing."""
-
-    stream: WeightStream
-    spec: Any
-    tp_size: int
-
-    @property
-    def mesh(self) -> Mesh:
-        return self.stream.mesh
-
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        kept, rank = kept_by(self.spec, self.tp_size), self.mesh.rank % self.tp_size
-        parts = {item.name: item.parts[0] for item in self.stream.items}
-        for name, tensor in self.stream:
-            box = kept(rank, parts[name], name)
-            out = torch.full_like(tensor, float("nan"))
-            rows = slice(box.top, box.bottom)
-            where = rows if tensor.dim() == 1 else (rows, slice(box.left, box.right))
-            if parts[name].stacked is not None:
-                where = ...
-            out[where] = tensor[where]
-            yield name, out
-
-
 def kl_error(policy: Engine, groups: list[list[Completion]]) -> float:
     """Mean over all sampled tokens of exp(d) - 1 - d, d the difference of log-probabilities: `gen_kl_error`."""
     samples, sampled = [], []
@@ -168,7 +146,7 @@ def policy_of(scratch: Path, path: Path, layout: tuple[str, ...], mesh: Mesh | N
 
 
 def run(name: str, scratch: Path) -> None:
-    """Push, sample and compare; push NaNs where nothing is needed, and compare again; verify, and be caught."""
+    """Push, sample and compare; verify, and be caught."""
     case = CASES[name]
     folder = scratch / name.replace(" ", "-")
     if dist.get_rank() == 0:
@@ -182,13 +160,14 @@ def run(name: str, scratch: Path) -> None:
     before = kl_error(policy, engine.generate(PROMPTS, SAMPLING, seed=0))
     push(stream, engine)
     after = kl_error(policy, engine.generate(PROMPTS, SAMPLING, seed=0))
-    push(Poisoned(stream, policy.spec, case.vllm_tp), engine)  # type: ignore[arg-type]
-    poisoned = kl_error(policy, engine.generate(PROMPTS, SAMPLING, seed=0))
     push(stream, engine, verify=True)
     verified = kl_error(policy, engine.generate(PROMPTS, SAMPLING, seed=0))
     caught = check_flips(stream, engine)
-    print(f"{name}: {before:.2e} {after:.2e} {poisoned:.2e} {verified:.2e} {caught}", flush=True)
-    assert before > 1e-4 and after < 1e-9 and poisoned < 1e-9 and verified < 1e-9, name
+    check_damage(stream, engine)
+    if case.vllm_tp > 1:
+        check_boxes(policy, engine)
+    print(f"{name}: {before:.2e} {after:.2e} {verified:.2e} {caught}", flush=True)
+    assert before > 1e-4 and after < 1e-9 and verified < 1e-9, name
     engine.close()
     from megatron.core import parallel_state
 
@@ -278,6 +257,41 @@ def check_flips(stream: WeightStream, engine: VLLMEngine) -> list[str]:
         else:
             raise AssertionError(f"a flipped bit of {name} was not found")
     return names
+
+
+def check_damage(stream: WeightStream, engine: VLLMEngine) -> None:
+    """A bit that changes on the way to one rank stops all, with the name of the tensor."""
+    transport, (bucket,) = stream.transport, [b for b in stream.buckets if b.receives][:1]
+    name = Damaged.victim(bucket).item.name
+    if dist.get_rank() == 1:
+        stream.transport = Damaged(transport, bucket)
+    said: list[str] = [name] * dist.get_world_size()
+    dist.all_gather_object(said, name)
+    try:
+        push(stream, engine, verify=True)
+    except SyncError as error:
+        assert f"rank 1: {said[1]}" in str(error) and "rank 0" not in str(error), error
+    else:
+        raise AssertionError(f"a flipped bit of {said[1]} was not found")
+    stream.transport = transport
+
+
+def check_boxes(policy: Engine, engine: VLLMEngine) -> None:
+    """Boxes that are not what vLLM takes, by one row, are refused at any push, with the name of the tensor."""
+    kept = kept_by(policy.spec, dist.get_world_size())
+
+    def shifted(tp_rank: int, tensor: CanonTensor, name: str) -> Box:
+        box = kept(tp_rank, tensor, name)
+        return box if box.bottom is None else Box(box.top + 1, box.bottom + 1)
+
+    with mock.patch("megarl.weights.sync.kept_by", lambda spec, size: shifted):
+        deal = to_engines(policy.spec, policy.mesh, dist.get_world_size())
+    try:
+        push(policy.stream(1 << 17, deal), engine)
+    except SyncError as error:
+        assert "of it, of which only [" in str(error) and ".weight: " in str(error), error
+    else:
+        raise AssertionError("boxes that are a row off were not found")
 
 
 def flippable(model: torch.nn.Module) -> list[str]:
