@@ -37,7 +37,7 @@ from megarl.model.precision import FP8Rounding, as_plain
 from megarl.parallel.context import ContextShare, multiple_of, share_of
 from megarl.parallel.mesh import Mesh
 from megarl.weights.load import load_hf
-from megarl.weights.save import save_hf
+from megarl.weights.save import MAX_FILE_BYTES, save_hf
 from megarl.weights.stream import Deal, WeightStream, to_all
 
 # (log-probabilities [T], batch) -> (loss [T], metrics {name: [T]})
@@ -202,10 +202,10 @@ class Engine:
         coming = partial(self.residency.on_device, "params") if self.residency.moves("params") else None
         return WeightStream(self.model, self.spec, self.mesh, bucket_bytes, deal, as_plain, coming=coming)
 
-    def save_hf(self, path: str | Path, bucket_bytes: int) -> None:
+    def save_hf(self, path: str | Path, bucket_bytes: int, max_file_bytes: int = MAX_FILE_BYTES) -> None:
         """Write the model as a Hugging Face directory, in place of one that is there; see `megarl.weights.save`."""
-        stream = partial(self.stream, bucket_bytes)
-        save_hf(stream, self.spec, self.mesh, path, self.cfg.model.path, overwrite=True)
+        stream, source = partial(self.stream, bucket_bytes), self.cfg.model.path
+        save_hf(stream, self.spec, self.mesh, path, source, max_file_bytes=max_file_bytes, overwrite=True)
 
     # ---- inside ------------------------------------------------------------------------------------------------------
 

@@ -6,13 +6,13 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from megarl.convert.manifest import HF, Entry, Manifest, describe, entry
 from megarl.model.family import CLASSIFIER, ModelSpec
 from megarl.parallel.collectives import gather_objects
 from megarl.parallel.mesh import Mesh
@@ -22,6 +22,7 @@ from megarl.weights.rules import CanonTensor
 from megarl.weights.stream import Deal, WeightStream
 
 MAX_FILE_BYTES = 5 << 30
+T = TypeVar("T")
 
 
 def save_hf(
@@ -38,8 +39,9 @@ def save_hf(
 
     ``stream_of`` gives the model's tensors to the ranks that this says. Files are dealt to ranks in turn, replicas
     included. A rank gets the tensors of one of its files at a time, and of no other rank's. Config and tokenizer come
-    from ``carry_from``; the directory has its name only when all of it is on disk. Raises OSError, on all ranks,
-    where the disk of any refuses it: then nothing of it stays, and a directory that was there before is untouched.
+    from ``carry_from``, and a manifest says each tensor's hash; the directory has its name only when all of it is on
+    disk. Raises OSError, on all ranks, where the disk of any refuses it: then nothing of it stays, and a directory that
+    was there before is untouched.
     """
     files: list[PlannedFile] = []
 
@@ -57,8 +59,15 @@ def save_hf(
     directory = HFDirectory(path, files, overwrite=overwrite)
     try:
         _together(mesh, directory.begin if mesh.rank == 0 else None)
-        _together(mesh, lambda: _write(stream, directory))
-        finish = partial(directory.finish, carry_from, config_changes=_changes(spec))
+        written = _together(mesh, lambda: _write(stream, directory))
+        entries = {name: said for each in written if each for name, said in each.items()}
+        options = {"max_file_bytes": max_file_bytes, "layout": mesh.describe()}
+        manifest = Manifest(HF, describe(spec), f"a model in training, from {carry_from}", options, entries)
+
+        def finish() -> None:
+            manifest.write(directory.partial)
+            directory.finish(carry_from, config_changes=_changes(spec))
+
         _together(mesh, finish if mesh.rank == 0 else None)
     except OSError:
         if mesh.rank == 0:
@@ -66,16 +75,19 @@ def save_hf(
         raise
 
 
-def _together(mesh: Mesh, work: Callable[[], None] | None) -> None:
-    """Let this rank work, if it has work, and wait for all. Raises OSError on every rank if it was raised on one."""
-    error = None
+def _together(mesh: Mesh, work: Callable[[], T] | None) -> list[T | None]:
+    """Let this rank work, if it has work, and wait for all. Returns what it came to on each rank. Raises OSError on
+    every rank if it was raised on one."""
+    error, value = None, None
     try:
         if work is not None:
-            work()
+            value = work()
     except OSError as reason:
         error = f"rank {mesh.rank}: {reason}"
-    if errors := [said for said in gather_objects(error, mesh.host_group) if said]:
+    everywhere = gather_objects((error, value), mesh.host_group)
+    if errors := [said for said, _ in everywhere if said]:
         raise OSError(errors[0])
+    return [value for _, value in everywhere]
 
 
 def _changes(spec: ModelSpec) -> dict[str, Any]:
@@ -102,23 +114,27 @@ def _side_by_side(items: list[Item], files: list[PlannedFile], world_size: int) 
     return out
 
 
-def _write(stream: WeightStream, directory: HFDirectory) -> None:
-    """Fill this rank's files, one after the other, each on disk before the next begins. An OSError waits for the end of
-    the stream, which all ranks have to take part in; the space was taken before, so that filling itself needs none."""
+def _write(stream: WeightStream, directory: HFDirectory) -> dict[str, Entry]:
+    """Fill this rank's files, one after the other, each on disk before the next begins. Returns their tensors' hashes,
+    of what the files hold. An OSError waits for the end of the stream, which all ranks have to take part in; the space
+    was taken before, so that filling itself needs none."""
     file_of = {tensor.name: file for file in directory.files for tensor in file.tensors}
     being_filled: dict[str, OpenFile] = {}
     left: Counter[str] = Counter()
+    entries: dict[str, Entry] = {}
     error: OSError | None = None
 
     def place(name: str) -> torch.Tensor:
         file = file_of[name]
         if file.name not in being_filled:
+            assert not being_filled, f"{file.name} begins while {list(being_filled)} is being filled"
             being_filled[file.name] = file.open(directory.partial)
             left[file.name] = len(file.tensors)
         return being_filled[file.name].tensor(name)
 
     for name, _ in stream.tensors(place):
         file = file_of[name].name
+        entries[name] = entry(being_filled[file].tensor(name))
         left[file] -= 1
         if left[file] == 0:
             try:
@@ -128,3 +144,4 @@ def _write(stream: WeightStream, directory: HFDirectory) -> None:
     if error is not None:
         raise error
     assert not being_filled, f"tensors that did not come: {left}"
+    return entries

@@ -30,12 +30,34 @@ def logits(recipe: str, model: str, overrides: list[str], tokens: list[int]) -> 
     return engine_of(recipe, model, overrides).logits(Sample("a", 0, tokens, 1)).numpy()
 
 
-def streamed(recipe: str, model: str, overrides: list[str], bucket_bytes: int, save_to: str) -> dict[str, np.ndarray]:
+def streamed(
+    recipe: str, model: str, overrides: list[str], bucket_bytes: int, save_to: str, max_file_bytes: int = 1 << 30
+) -> dict[str, np.ndarray]:
     """The whole model as HF tensors, from small buckets; also written to ``save_to``."""
     engine = engine_of(recipe, model, overrides)
     stream = engine.stream(bucket_bytes)
-    engine.save_hf(save_to, bucket_bytes)
+    engine.save_hf(save_to, bucket_bytes, max_file_bytes)
     return {name: tensor.numpy() for name, tensor in stream}
+
+
+def stray(recipe: str, model: str, overrides: list[str]) -> str:
+    """What loading says of a model with a parameter and a buffer that no rule fills."""
+    from megarl.model.build import build_model
+    from megarl.weights.hf_files import CheckpointError
+    from megarl.weights.load import load_hf
+
+    cfg = load([recipe, f"model.path={model}", *overrides])
+    mesh, spec = build_mesh(cfg), read_spec(model)
+    with mesh.platform():
+        built = build_model(cfg, spec, mesh, temperature=1.0)
+    built.decoder.layers[1].mlp.register_parameter("gate", torch.nn.Parameter(torch.zeros(3, 2)))
+    built.decoder.register_buffer("scale", torch.zeros(5))
+    built.decoder.register_buffer("cache", torch.zeros(7), persistent=False)
+    try:
+        load_hf(built, spec, mesh, model)
+    except CheckpointError as error:
+        return str(error)
+    return "loaded"
 
 
 def bytes_read(recipe: str, model: str, overrides: list[str]) -> tuple[int, int]:

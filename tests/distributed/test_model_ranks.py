@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from tests.distributed import model_cases
+from megarl.model.family import read_spec
+from megarl.weights.shard import local_shape
+from tests.distributed import model_cases, moe_cases
 
+TOLERANCE = 5e-6  # of logits, whose standard deviation is about 0.6
 FAMILIES = {
     "llama": {},
     "mistral": {"sliding_window": 8},
@@ -100,7 +103,7 @@ def test_logits_equal_transformers(ranks, tiny_hf, recipe, family):
         for rank, got in enumerate(
             ranks.run(model_cases.logits, world, recipe=recipe, model=path, overrides=overrides, tokens=tokens)
         ):
-            np.testing.assert_allclose(got, expected, atol=1e-5, rtol=0, err_msg=f"{family}, {name}, rank {rank}")
+            np.testing.assert_allclose(got, expected, atol=TOLERANCE, rtol=0, err_msg=f"{family}, {name}, rank {rank}")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +123,51 @@ def test_logits_equal_transformers_on_odd_shapes(ranks, tiny_hf, recipe, family,
     for name in ("TP2 SP", "TP2 SP PP2"):
         world, overrides = layout(name)
         got = ranks.run(model_cases.logits, world, recipe=recipe, model=path, overrides=overrides, tokens=tokens)
-        np.testing.assert_allclose(got[0], expected, atol=1e-5, rtol=0, err_msg=name)
+        np.testing.assert_allclose(got[0], expected, atol=TOLERANCE, rtol=0, err_msg=name)
+
+
+def check_export(folder, original, max_file_bytes):
+    """Several files, none too large, that hold the original bit for bit, and a manifest that says so."""
+    from safetensors.torch import load_file
+
+    from megarl.convert.sources import open_source
+    from megarl.convert.verify import check_manifest
+
+    written = {}
+    files = sorted(folder.glob("*.safetensors"))
+    for file in files:
+        tensors = load_file(file)
+        assert len(tensors) == 1 or sum(x.nbytes for x in tensors.values()) <= max_file_bytes, file
+        assert not written.keys() & tensors.keys()
+        written |= tensors
+    assert len(files) > 2 and written.keys() == original.keys()
+    assert all(torch.equal(written[key].view(torch.int32), original[key].view(torch.int32)) for key in original)
+    source = open_source(folder)
+    assert source.manifest.tensors.keys() == original.keys() and check_manifest(source) == []
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rules_are_the_models_parameters(ranks, tiny_hf, recipe, family):
+    """Names and shapes of every parameter and persistent buffer that megatron built."""
+    path = tiny_hf(family, **FAMILIES[family])
+    rules = {tensor.name: tensor for tensor in read_spec(path).tensors()}
+    for name in ("1 rank", "TP2", "PP2"):
+        world, overrides = layout(name)
+        built = ranks.run(moe_cases.parameters, world, recipe=recipe, model=str(path), overrides=overrides)
+        assert set().union(*built) == rules.keys()
+        for parameter, (shape, _) in (item for rank in built for item in rank.items()):
+            assert shape == local_shape(rules[parameter], LAYOUTS[name][1]), parameter
+
+
+def test_nothing_is_left_at_random_initialisation(ranks, tiny_hf, recipe):
+    """A parameter and a persistent buffer without a rule are errors; what no checkpoint keeps is not."""
+    arguments = {"recipe": recipe, "model": str(tiny_hf("llama")), "overrides": layout("1 rank")[1]}
+    (said,) = ranks.run(model_cases.stray, 1, **arguments)
+    assert said.splitlines() == [
+        "the model is not one of family llama:",
+        "  no rule fills decoder.layers.1.mlp.gate (3, 2)",
+        "  no rule fills buffer decoder.scale (5,)",
+    ]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -134,9 +181,11 @@ def test_weights_come_back_bit_for_bit(ranks, tiny_hf, recipe, tmp_path, family)
         world, overrides = layout(name)
         out = tmp_path / name
         arguments = {"recipe": recipe, "model": str(path), "overrides": overrides, "save_to": str(out)}
+        arguments["max_file_bytes"] = 60_000
         for streamed in ranks.run(model_cases.streamed, world, bucket_bytes=20_000, **arguments):
             assert streamed.keys() == original.keys()
             assert all(np.array_equal(streamed[key], original[key].numpy()) for key in original), name
+        check_export(out, original, 60_000)
         written = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict()
         assert all(torch.equal(written[key], original[key]) for key in original)
 

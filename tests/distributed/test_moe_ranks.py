@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
 from megarl.model.family import read_spec
 from megarl.weights.shard import columns_of, local_shape, rows_of
 from tests.distributed import model_cases, moe_cases
-from tests.distributed.test_model_ranks import hf_logits, random_samples
+from tests.distributed.test_model_ranks import TOLERANCE, check_export, hf_logits, random_samples
 from tests.distributed.test_model_ranks import recipe as recipe
 
-TOLERANCE = 5e-6
 YARN = {"rope_theta": 1e4, "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
 FAMILIES = {
     "qwen3_moe": {},
@@ -126,6 +126,37 @@ def test_rules_are_the_models_parameters(ranks, tiny_hf, recipe, family):
     (built,) = ranks.run(moe_cases.parameters, 1, recipe=recipe, model=str(path), overrides=bf16)
     for parameter, (_, dtype) in built.items():
         assert dtype == ("torch.float32" if rules[parameter].keep_fp32 else "torch.bfloat16"), parameter
+
+
+def test_rules_are_the_parameters_of_multi_token_prediction(ranks, tiny_hf, recipe):
+    path = tiny_hf("deepseek_v3", **FAMILIES["deepseek_v3"])
+    rules = {t.name: t for t in read_spec(path).tensors() if t.name.startswith("mtp.")}
+    for name in ("1 rank", "TP2 EP2 ETP1"):
+        world, overrides = layout(name)
+        _, tp, _, _, etp = LAYOUTS[name]
+        arguments = {"recipe": recipe, "model": str(path), "overrides": overrides}
+        built = ranks.run(moe_cases.multi_token_prediction, world, **arguments)
+        assert set().union(*built) == rules.keys()
+        for parameter, shape in (item for rank in built for item in rank.items()):
+            tensor = rules[parameter]
+            assert shape == local_shape(tensor, tp if tensor.expert is None else etp), parameter
+
+
+@pytest.mark.parametrize(
+    "family",
+    [family if family == "qwen3_moe" else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES],
+)
+def test_exports_of_several_writers_hold_the_model_bit_for_bit(ranks, tiny_hf, recipe, tmp_path, family):
+    path = tiny_hf(family)
+    original = load_file(path / "model.safetensors")
+    for name in layouts(family, "EP2", "TP2 EP2 ETP2", "PP2 EP2"):
+        world, overrides = layout(name)
+        out = tmp_path / name
+        arguments = {"recipe": recipe, "model": str(path), "overrides": overrides, "save_to": str(out)}
+        for got in ranks.run(model_cases.streamed, world, bucket_bytes=20_000, max_file_bytes=60_000, **arguments):
+            assert got.keys() == original.keys()
+            assert all(np.array_equal(got[key], original[key].numpy()) for key in original), name
+        check_export(out, original, 60_000)
 
 
 def share(tensor, whole, place):

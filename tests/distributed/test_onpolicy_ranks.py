@@ -17,6 +17,7 @@ LAYOUTS = {
     "DP2": (2, []),
     "PP2": (2, ["parallel.pipeline_model_parallel_size=2"]),
     "CP2": (2, ["parallel.context_parallel_size=2"]),
+    "EP2": (2, ["parallel.expert_model_parallel_size=2"]),
 }
 RECIPE = """
 cluster: {{device: cpu}}
@@ -113,6 +114,28 @@ def larger(tiny_chat_model, tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def with_experts(tiny_chat_model, tmp_path_factory):
+    """A Qwen3-MoE with the same tokenizer."""
+    import shutil
+
+    import torch
+    from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    path = tmp_path_factory.mktemp("with-experts")
+    shutil.copytree(tiny_chat_model, path, dirs_exist_ok=True)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_key_value_heads": 2}
+    experts = {"moe_intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+    special = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
+    words = len(AutoTokenizer.from_pretrained(tiny_chat_model))
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        **sizes, **experts, **special, head_dim=32, num_hidden_layers=2, vocab_size=words, max_position_embeddings=64
+    )
+    Qwen3MoeForCausalLM(config).save_pretrained(path)
+    return path
+
+
 def curve(ranks, recipe, name, layout, overrides):
     """The metrics of every step."""
     world, placed = LAYOUTS[layout]
@@ -162,8 +185,9 @@ def test_every_method_on_every_layout(ranks, recipe, alone, also, name, layout, 
 
 
 def test_ppo_with_a_larger_critic_on_two_replicas(ranks, recipe, alone, also, record_property):
-    """The critic alone learns at first; its squared error falls."""
-    steps = check(ranks, recipe, alone, "ppo", ["DP2"], record_property, also["ppo"], steps=4)
+    """The critic alone learns at first; its squared error falls. Both sides of every push are compared."""
+    more = [*also["ppo"], "weight_sync.verify=true"]
+    steps = check(ranks, recipe, alone, "ppo", ["DP2"], record_property, more, steps=4)
     assert "actor/loss" not in steps[1] and "actor/loss" in steps[2]
     assert steps[1]["critic/vf_loss"] < steps[0]["critic/vf_loss"]
 
@@ -197,3 +221,17 @@ def test_a_teacher_has_no_gradients_and_no_optimizer(ranks, recipe):
         train_cases.asked_only, 1, recipe=str(recipe), overrides=[], tokens=[3, 4, 5, 6, 1]
     )
     assert same and on_device["params"] > 0 and on_device["grads"] == on_device["optimizer"] == 0
+
+
+@pytest.mark.slow
+def test_grpo_with_experts_on_two_ranks_each(ranks, recipe, with_experts):
+    """Experts are shared out in the trainer, and vLLM cuts each of them in two: it samples what the policy computes
+    after every push, each of which is verified, and the curve is one rank's."""
+    more = [*METHODS["grpo"], f"model.path={with_experts}", "weight_sync.verify=true", "run.max_num_steps=6"]
+    truth, run = (curve(ranks, recipe, "experts", name, more) for name in ("1 rank", "EP2"))
+    assert len(run) == len(truth) == 6
+    assert run[-1]["actor/grad_norm"] > 0
+    for step, expected in zip(run, truth, strict=True):
+        assert step["gen_kl_error"] < 1e-9 and expected["gen_kl_error"] < 1e-9
+        for metric in ("actor/loss", "actor/grad_norm", "reward/mean"):
+            assert step[metric] == pytest.approx(expected[metric], rel=1e-4, abs=2e-5), (step["step"], metric)

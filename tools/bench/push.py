@@ -1,6 +1,6 @@
 """Speed and memory of a push of weights on this machine's CPUs, against copying the same bytes.
 
-    python tools/bench/push.py [--layers 6] [--bucket-mb 16] [--repeats 5] [--vllm]
+    python tools/bench/push.py [--layers 6] [--bucket-mb 64] [--repeats 5] [--vllm]
 
 Two ranks hold a random Llama of about 1 GB (bf16) by TP2 or PP2; each then gets what its part of vLLM keeps, at TP1 the
 whole model, at TP2 half of it. Copies and pushes take turns; both ranks work at the same time in both. Printed for each
@@ -10,12 +10,17 @@ rank's bytes per second:
 - stream: the exchange, with every tensor written into memory that is already there;
 - vllm (with --vllm): the push into a vLLM engine, and vLLM's own load of the same tensors out of memory.
 
-Extra memory is the rise of the process's peak (VmHWM) during the streams.
+Extra memory is how far the process's peak (VmHWM) rises over what it held before (VmRSS, after the allocator gave back
+what was free): of the stream, whose tensors are dropped as vLLM would; of the push; and of vLLM's own load, which takes
+new memory for a module, and to pack it for its kernels, before it copies it over the old one. What a push adds to that
+is megarl's part.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import statistics
@@ -33,6 +38,7 @@ from megarl.model.build import build_model
 from megarl.model.family import read_spec
 from megarl.parallel.mesh import build_mesh
 from megarl.rollout.vllm_layout import kept_by
+from megarl.weights.boxed import Boxed
 from megarl.weights.stream import WeightStream
 from megarl.weights.sync import push, to_engines
 
@@ -69,6 +75,18 @@ def memory(field: str) -> int:
     """Bytes of a field of /proc/self/status."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field + ":"))
+
+
+def extra_memory(work: Callable[[], object]) -> int:
+    """Bytes by which this rank's memory rises while all ranks do this. A first round maps and allocates what stays."""
+    work()
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    dist.barrier()
+    before = memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    work()
+    return memory("VmHWM") - before
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -112,49 +130,68 @@ def measure(rank: int, port: int, folder: Path, case: str, arguments: argparse.N
         for _ in stream.tensors(there.__getitem__):
             pass
 
+    def pass_by() -> None:
+        for _ in stream:
+            pass
+
     copy(), receive()
-    before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    receive()
-    extra = memory("VmHWM") - before
+    extra = {"stream": extra_memory(pass_by)}
     turns = [(timed(copy), timed(receive)) for _ in range(arguments.repeats)]
     copies, streams = zip(*turns, strict=True)
     report = {"copy": statistics.median(copies), "stream": statistics.median(streams)}
     if arguments.vllm:
-        report |= into_vllm(stream, folder, vllm_tp, arguments.repeats)
+        seconds, more = into_vllm(stream, folder, vllm_tp, arguments.repeats)
+        report, extra = report | seconds, extra | more
     if rank == 0:
         speeds = ", ".join(f"{name} {nbytes / seconds / 1e9:.2f} GB/s" for name, seconds in report.items())
         ratios = ", ".join(
             f"{name} {report['copy'] / seconds:.2f}" for name, seconds in report.items() if name != "copy"
         )
         print(f"{case}: {nbytes / 1e9:.2f} GB a rank; {speeds}; of a copy: {ratios}")
-        buckets = extra / (arguments.bucket_mb << 20)
-        print(f"  extra memory {extra / 2**20:.0f} MiB = {buckets:.2f} buckets of {arguments.bucket_mb} MiB")
+        peaks = ", ".join(f"{name} {nbytes / 2**20:.0f} MiB" for name, nbytes in extra.items())
+        print(f"  extra memory, with buckets of {arguments.bucket_mb} MiB: {peaks}")
     mesh.close()
 
 
-def into_vllm(stream: WeightStream, folder: Path, vllm_tp: int, repeats: int) -> dict[str, float]:
-    """Seconds of a push into vLLM, and of vLLM's load of tensors that are there already."""
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, or what is there of it, in memory of its own."""
+    if isinstance(tensor, Boxed):
+        return Boxed(tensor.whole, tensor.shape, tensor.box.clone(), tensor.at)
+    return tensor.clone()
+
+
+def into_vllm(
+    stream: WeightStream, folder: Path, vllm_tp: int, repeats: int
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Seconds and extra memory of a push into vLLM, and of vLLM's load of tensors that are there already."""
     from megarl.rollout.vllm_engine import VLLMEngine
 
-    ready = {name: tensor.clone() for name, tensor in stream}
+    ready = {name: copied(tensor) for name, tensor in stream}
     if stream.mesh.rank == 0:
         from safetensors.torch import save_file
 
-        save_file({name: torch.zeros_like(tensor) for name, tensor in ready.items()}, folder / "model.safetensors")
+        zeros = {name: torch.zeros(shape, dtype=dtype) for name, shape, dtype in stream.metadata}
+        save_file(zeros, folder / "model.safetensors")
+        del zeros
     dist.barrier()
     rollout = RolloutConfig(tensor_parallel_size=vllm_tp, kv_cache_gb=0.1, max_num_seqs=4)
     engine = VLLMEngine(str(folder), rollout, dtype="bf16", device_type="cpu", max_model_len=64, seed=0)
-    loads = [timed(lambda: engine.load_weights(iter(ready.items()))) for _ in range(repeats)]
-    pushes = [timed(lambda: push(stream, engine)) for _ in range(repeats)]
+
+    def load() -> None:
+        engine.load_weights(iter(ready.items()))
+
+    extra = {"vLLM's load alone": extra_memory(load), "push into vLLM": extra_memory(lambda: push(stream, engine))}
+    turns = [(timed(load), timed(lambda: push(stream, engine))) for _ in range(repeats)]
     engine.close()
-    return {"vLLM's load alone": statistics.median(loads), "push into vLLM": statistics.median(pushes)}
+    loads, pushes = zip(*turns, strict=True)
+    seconds = {"vLLM's load alone": statistics.median(loads), "push into vLLM": statistics.median(pushes)}
+    return seconds, extra
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=6)
-    parser.add_argument("--bucket-mb", type=int, default=16)
+    parser.add_argument("--bucket-mb", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--vllm", action="store_true")
     parser.add_argument("--case", choices=list(CASES))
