@@ -138,19 +138,22 @@ def measure(rank: int, port: int, folder: Path, case: str, arguments: argparse.N
     extra = {"stream": extra_memory(pass_by)}
     turns = [(timed(copy), timed(receive)) for _ in range(arguments.repeats)]
     copies, streams = zip(*turns, strict=True)
-    report = {"copy": statistics.median(copies), "stream": statistics.median(streams)}
-    if arguments.vllm:
-        seconds, more = into_vllm(stream, folder, vllm_tp, arguments.repeats)
-        report, extra = report | seconds, extra | more
+    median = statistics.median(copies)
     if rank == 0:
-        speeds = ", ".join(f"{name} {nbytes / seconds / 1e9:.2f} GB/s" for name, seconds in report.items())
-        ratios = ", ".join(
-            f"{name} {report['copy'] / seconds:.2f}" for name, seconds in report.items() if name != "copy"
-        )
-        print(f"{case}: {nbytes / 1e9:.2f} GB a rank; {speeds}; of a copy: {ratios}")
-        peaks = ", ".join(f"{name} {nbytes / 2**20:.0f} MiB" for name, nbytes in extra.items())
-        print(f"  extra memory, with buckets of {arguments.bucket_mb} MiB: {peaks}")
+        where = f"{case}, {nbytes / 1e9:.2f} GB a rank, buckets of {arguments.bucket_mb} MiB"
+        print(f"{where}: copy {nbytes / median / 1e9:.2f} GB/s", flush=True)
+    say(rank, nbytes, median, {"stream": statistics.median(streams)}, extra)
+    if arguments.vllm:
+        there.clear(), source.clear(), target.clear()
+        say(rank, nbytes, median, *into_vllm(stream, folder, vllm_tp, arguments.repeats))
     mesh.close()
+
+
+def say(rank: int, nbytes: int, copying: float, seconds: dict[str, float], extra: dict[str, int]) -> None:
+    """Speeds, as parts of a copy's too, and memory, of rank 0."""
+    for name, taken in seconds.items() if rank == 0 else ():
+        speed = f"{nbytes / taken / 1e9:.2f} GB/s, {copying / taken:.2f} of a copy"
+        print(f"  {name}: {speed}; extra memory {extra[name] / 2**20:.0f} MiB", flush=True)
 
 
 def copied(tensor: torch.Tensor) -> torch.Tensor:
