@@ -1,6 +1,7 @@
 """Hugging Face directories: what is read, and what is refused, by file and tensor, as soon as it is opened."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -47,10 +48,22 @@ def test_what_holds_no_weight_is_passed_over(tiny_hf, tmp_path):
     check(read_spec(path), HFSource(HFCheckpoint(path)))
 
 
+class Canary:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (os.mkdir, (str(self.path),))
+
+
 def test_pickles_are_not_read(tmp_path):
-    torch.save({"x": torch.zeros(1)}, tmp_path / "pytorch_model.bin")
+    """One that would make a folder makes none here, and does where it is unpickled."""
+    torch.save({"x": Canary(tmp_path / "canary")}, tmp_path / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match="only safetensors"):
         HFCheckpoint(tmp_path)
+    assert not (tmp_path / "canary").exists()
+    torch.load(tmp_path / "pytorch_model.bin", weights_only=False)
+    assert (tmp_path / "canary").exists()
 
 
 @pytest.fixture
@@ -135,6 +148,20 @@ def repeat_in_one_file(path):
     (path / "one.safetensors").write_bytes(data.replace(b'"b"', b'"a"'))
 
 
+def huge_header(path):
+    """A header of 2^63 bytes, which must not be asked memory for."""
+    data = (path / "one.safetensors").read_bytes()
+    (path / "one.safetensors").write_bytes((1 << 63).to_bytes(8, "little") + data[8:])
+
+
+def overlap(path):
+    """b begins within a: [0, 96) and [88, 96)."""
+    header = {"a": {"dtype": "F32", "shape": [6, 4], "data_offsets": [0, 96]}}
+    header |= {"b": {"dtype": "F32", "shape": [2], "data_offsets": [88, 96]}}
+    text = json.dumps(header).encode()
+    (path / "one.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(96))
+
+
 def stray_file(path):
     save_file({"e": torch.zeros(1)}, path / "model-00003-of-00003.safetensors")
 
@@ -144,6 +171,8 @@ def stray_file(path):
     [
         (drop_file, r"two\.safetensors: missing"),
         (truncate, r"one\.safetensors: truncated: tensor [ab] ends at"),
+        (huge_header, r"one\.safetensors: truncated or damaged: \d+ bytes, with a header of 9223372036854775808"),
+        (overlap, r"one\.safetensors: damaged header: tensor b is at \d+, not at \d+"),
         (truncate_in_the_header, r"one\.safetensors: truncated or damaged"),
         (lengthen, r"one\.safetensors: 4 bytes after the last tensor"),
         (rename_tensor, r"two\.safetensors: tensor c is not there"),
