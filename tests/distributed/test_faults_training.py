@@ -223,6 +223,7 @@ def test_the_clock_stops_a_run_in_time(recipe):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_ranks_that_cannot_meet_say_why_at_once(recipe):
     """A name that nothing resolves, and a port that another program has, where a launcher has set them."""
     with socket.socket() as other:
@@ -241,7 +242,7 @@ def test_ranks_that_cannot_meet_say_why_at_once(recipe):
         ):
             environment = os.environ | {"PYTHONPATH": str(ROOT), "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
             command = [sys.executable, "-m", "megarl.train", str(recipe), "cluster.gpus_per_node=1"]
-            done = subprocess.run(command, env=environment | address, capture_output=True, text=True, timeout=120)
+            done = subprocess.run(command, env=environment | address, capture_output=True, text=True, timeout=280)
             assert done.returncode == 1 and re.search(f"rank 0: .*{said}", done.stderr), done.stderr
             assert "Traceback" not in done.stderr
 
