@@ -1,137 +1,28 @@
 """Pushes to servers that die, fail or come late: stand-ins that speak vLLM's calls and join the real group.
 
-A stand-in receives with the same `wire` as `megarl.rollout.receiver`, into a dictionary. The servers themselves are in
-tests/test_remote.py and tests/distributed/test_remote_failures.py.
+Real servers are in tests/test_remote.py and tests/distributed/test_remote_failures.py.
 """
 
 from __future__ import annotations
 
-import json
 import threading
 import types
 from collections.abc import Iterator
-from datetime import timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from megarl.rollout import remote as module
-from megarl.rollout import wire
 from megarl.rollout.remote import RemoteEngines, RemoteError, Sender
-from megarl.weights.checksums import checksum
+from tests.standin import CPU, StandIn
 
-CPU = torch.device("cpu")
 WEIGHTS = {f"layer.{i}.weight": torch.arange(64.0) + i for i in range(6)}  # 256 bytes each
 METADATA = [(name, (64,), torch.float32) for name in WEIGHTS]
 BUCKET = 512  # two of them
 
 
-class Server:
-    """A stand-in. ``breaks``: {call: how often it fails with 500}; ``dies_at``: the bucket at which it is gone."""
-
-    def __init__(self, breaks: dict[str, int] | None = None, dies_at: int | None = None, flips: bool = False) -> None:
-        self.breaks, self.dies_at, self.flips = dict(breaks or {}), dies_at, flips
-        self.calls: list[str] = []
-        self.weights: dict[str, torch.Tensor] = {}
-        self.version, self.paused, self.active = "default", False, False
-        self.group: wire.Group | None = None
-        stand_in = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                self.answer()
-
-            def do_POST(self) -> None:
-                self.answer()
-
-            def answer(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "{}")
-                path = self.path.lstrip("/").partition("?")[0]
-                stand_in.calls.append(path)
-                try:
-                    assert self.headers["Authorization"] == "Bearer secret"
-                    if stand_in.breaks.get(path, 0) > 0:
-                        stand_in.breaks[path] -= 1
-                        raise RuntimeError(f"{path} breaks")
-                    out, code = getattr(stand_in, path)(**body), 200
-                except ConnectionAbortedError:
-                    self.connection.close()  # it is dead
-                    return
-                except Exception as error:
-                    out, code = str(error), 500
-                data = json.dumps(out).encode()
-                self.send_response(code)
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *arguments: object) -> None:
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}"
-        threading.Thread(target=self.http.serve_forever, args=(0.01,), daemon=True).start()
-
-    def die(self) -> None:
-        self.http.shutdown()
-        self.http.server_close()
-        if self.group is not None:
-            self.group.close()
-
-    def health(self) -> None:
-        pass
-
-    def get_world_size(self) -> dict[str, int]:
-        return {"world_size": 1}
-
-    def pause(self) -> None:
-        self.paused = True
-
-    def resume(self) -> None:
-        assert self.weights.keys() == WEIGHTS.keys() and not self.active, "resumed without a whole set of weights"
-        self.paused = False
-
-    def init_weight_transfer_engine(self, init_info) -> None:
-        store = dist.TCPStore(
-            init_info["host"], init_info["port"], is_master=False, timeout=timedelta(seconds=init_info["timeout_s"])
-        )
-        self.group = wire.Group.join(store, init_info["first_rank"], init_info["size"], CPU, init_info["timeout_s"])
-
-    def start_weight_update(self) -> None:
-        if self.active:
-            raise RuntimeError("start_weight_update called while a weight update is already active")
-        self.active, self.weights = True, {}
-
-    def update_weights(self, update_info) -> None:
-        assert self.active and self.paused and self.group is not None
-        try:
-            metadata = wire.understood(update_info["names"], update_info["shapes"], update_info["dtypes"])
-            for number, bucket in enumerate(wire.buckets_of(metadata, update_info["bucket_bytes"])):
-                if number == self.dies_at:
-                    self.die()
-                    raise ConnectionAbortedError
-                buffer, tensors = wire.views(bucket, CPU)
-                self.group.broadcast(buffer)
-                if update_info["verify"]:
-                    sent = torch.zeros(1, dtype=torch.int64)
-                    self.group.broadcast(sent)
-                    if self.flips:
-                        buffer[3] ^= 1
-                    if checksum(buffer) != sent.item():
-                        raise RuntimeError(f"a bucket of weights, {bucket[0][0]} to {bucket[-1][0]}, differs")
-                self.weights |= {name: tensor.clone() for name, tensor in tensors.items()}
-        except BaseException:
-            self.active = False
-            raise
-
-    def finish_weight_update(self, weight_version=None) -> None:
-        if not self.active:
-            raise RuntimeError("finish_weight_update called without a matching start_weight_update")
-        self.active = False
-        self.version = weight_version or self.version
-
+class Server(StandIn):
     @property
     def good(self) -> bool:
         return self.weights.keys() == WEIGHTS.keys() and all(
