@@ -50,7 +50,9 @@ def to_engines(spec: ModelSpec, mesh: Mesh, tensor_parallel_size: int) -> Deal:
 def push(stream: WeightStream, receiver: Receiver, *, verify: bool = False) -> None:
     """Give vLLM the trainer's current weights. A collective over all ranks.
 
-    vLLM's cache takes memory only after the last bucket is gone, so the peak is weights plus two buckets.
+    vLLM's cache takes memory only after the last bucket is gone. Beside the weights, a push takes two buckets (none
+    where ranks read each other's memory) and this rank's part of the tensors of one of vLLM's modules, which vLLM keeps
+    until the module is complete.
 
     With ``verify``, both sides are compared. The trainer sums up the bits of every tensor in its own parameters, by the
     rules, and each rank those of what has come to it, as it goes into vLLM. Then vLLM's weights are spoiled and sent
