@@ -73,6 +73,7 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
     def make(*args: Any, **kwargs: Any) -> torch.Tensor:
         if "device" in kwargs:
             kwargs["device"] = _without_cuda(kwargs["device"])
+        kwargs.pop("pin_memory", None)  # for faster copies to CUDA; YaRN's table with context parallelism asks for it
         return factory(*args, **kwargs)
 
     return make

@@ -3,27 +3,32 @@ vLLM compute? Its ranks are processes of this machine, on its GPUs where there a
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import multiprocessing
 import os
+import queue
+import signal
 import socket
 import sys
 import tempfile
+import time
 import traceback
 from multiprocessing.queues import Queue
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from megarl.config import ClusterConfig, Config, ConfigError, DataConfig, load, save
+from megarl.config import Config, ConfigError, load, save
 from megarl.config.machine import count_gpus
-from megarl.verify.shrink import SmallLayout, small_layout, write_small_model
+from megarl.verify.shrink import as_truth, one_rank, small_layout, small_recipe, write_models
+
+if TYPE_CHECKING:
+    from megarl.verify.measure import Difference
 
 _RANKS_MINUTES = 30.0
+_ONE, _ALL = "one", "all"
 
 
 def verify(recipe: list[str], *, max_ranks: int, tolerance: float, vllm: bool) -> int:
@@ -39,67 +44,32 @@ def verify(recipe: list[str], *, max_ranks: int, tolerance: float, vllm: bool) -
     except (ConfigError, ValueError) as error:
         print(f"megarl verify: {error}", file=sys.stderr)
         return 2
+    # One device for both: differences between two kinds are none of the layout's.
+    device = "cuda" if count_gpus(cfg.cluster.device) >= layout.world_size else "cpu"
     with tempfile.TemporaryDirectory(prefix="megarl-verify-") as name:
         folder = Path(name)
-        write_small_model(hf, layout, folder / "model", cfg.run.seed)
-        (folder / "data.jsonl").touch()
-        one = SmallLayout(dataclasses.replace(layout.parallel, **_NOT_DIVIDED), dp=1)
-        for which, sizes in (("one", one), ("all", layout)):
-            save(small_recipe(cfg, sizes, folder), folder / f"{which}.yaml")
-        console.print(f"{hf['architectures'][0]}, made small, as {layout.describe()} on {layout.world_size} ranks:")
-        references = run_ranks(1, folder, "one", tolerance, vllm=vllm)
-        differences = run_ranks(layout.world_size, folder, "all", tolerance, vllm=False)
+        write_models(hf, layout, folder, cfg.run.seed)
+        write_recipes(cfg, max_ranks, folder, device)
+        where = f"{layout.world_size} ranks on {device}"
+        console.print(f"{hf['architectures'][0]}, made small, as {layout.describe()} on {where}, {cfg.algorithm}:")
+        references = run_ranks(1, folder, _ONE, tolerance, vllm=vllm)
+        differences = run_ranks(layout.world_size, folder, _ALL, tolerance, vllm=False)
     return report(console, references, differences)
 
 
-_NOT_DIVIDED: dict[str, Any] = {
-    "tensor_model_parallel_size": 1,
-    "pipeline_model_parallel_size": 1,
-    "context_parallel_size": 1,
-    "sequence_parallel": False,
-    "virtual_pipeline_model_parallel_size": None,
-    "expert_model_parallel_size": 1,
-    "expert_tensor_parallel_size": None,
-    "num_layers_in_first_pipeline_stage": None,
-    "num_layers_in_last_pipeline_stage": None,
-}
+def write_recipes(cfg: Config, max_ranks: int, folder: Path, device: str) -> None:
+    """``one.yaml`` and ``all.yaml``, what the ranks of the truth and of the layout load."""
+    layout = small_layout(cfg, max_ranks)
+    (folder / "data.jsonl").touch()
+    save(as_truth(small_recipe(cfg, one_rank(layout), folder, device)), folder / f"{_ONE}.yaml")
+    save(small_recipe(cfg, layout, folder, device), folder / f"{_ALL}.yaml")
 
 
-def small_recipe(cfg: Config, layout: SmallLayout, folder: Path) -> Config:
-    """The recipe with the small model, in fp32, in several microbatches; its loss, its recomputation and its overrides
-    of the model as they are. Gradients stay whole on every rank, to be compared."""
-    device = "cuda" if count_gpus(cfg.cluster.device) >= layout.world_size else "cpu"
-    cp = layout.parallel.context_parallel_size
-    return dataclasses.replace(
-        cfg,
-        cluster=ClusterConfig(num_nodes=1, gpus_per_node=layout.world_size, device=device),
-        run=dataclasses.replace(cfg.run, root=str(folder / "runs"), deadline_s=60 * _RANKS_MINUTES),
-        model=dataclasses.replace(cfg.model, path=str(folder / "model"), dtype="fp32"),
-        parallel=layout.parallel,
-        optimizer=dataclasses.replace(cfg.optimizer, use_distributed_optimizer=False, overlap_grad_reduce=False),
-        train=dataclasses.replace(
-            cfg.train, train_global_batch_size=12, train_mb_tokens=144 // cp, logprob_mb_tokens=144 // cp
-        ),
-        data=DataConfig(path=str(folder / "data.jsonl"), max_prompt_length=20),
-        rollout=dataclasses.replace(
-            cfg.rollout,
-            max_response_length=40,
-            max_model_len=None,
-            num_prompts_per_step=6,
-            num_generations_per_prompt=2,
-            tensor_parallel_size=1,
-            max_num_batched_tokens=None,
-            quantization=None,
-            dtype=None,
-        ),
-        validation=type(cfg.validation)(),
-        critic=dataclasses.replace(cfg.critic, path=None),
-    )
+def run_ranks(world: int, folder: Path, which: str, tolerance: float, *, vllm: bool) -> list[Difference]:
+    """Differences that the ranks find: of the one rank from transformers and vLLM, of the layout from that rank.
 
-
-def run_ranks(world: int, folder: Path, which: str, tolerance: float, *, vllm: bool) -> list[dict[str, Any]]:
-    """Differences that the ranks of one layout find, as rows of the table. Raises RuntimeError with the ranks'
-    tracebacks."""
+    Raises RuntimeError with the traceback of the rank that failed first, or with what killed it.
+    """
     context = multiprocessing.get_context("spawn")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -112,15 +82,33 @@ def run_ranks(world: int, folder: Path, which: str, tolerance: float, *, vllm: b
     for process in ranks:
         process.start()
     try:
-        found, error = answers.get(timeout=60 * _RANKS_MINUTES)
+        found, error = _first_answer(answers, ranks)
         if error:
             raise RuntimeError(f"a rank of the layout failed:\n{error}")
-    finally:
         for process in ranks:
             process.join(20)
+    finally:
+        for process in ranks:
             process.kill()
-    rows: list[dict[str, Any]] = found
+    rows: list[Difference] = found
     return rows
+
+
+def _first_answer(answers: Queue[Any], ranks: list[Any]) -> Any:
+    """Of any rank. Raises RuntimeError where one has died without an answer, or all are silent for too long."""
+    deadline = time.monotonic() + 60 * _RANKS_MINUTES
+    while time.monotonic() < deadline:
+        # Asked before the queue is: an answer of a rank that ended well is in it by then.
+        ended = [(rank, process.exitcode) for rank, process in enumerate(ranks) if process.exitcode is not None]
+        try:
+            return answers.get(timeout=1.0)
+        except queue.Empty:
+            if ended:
+                rank, code = ended[0]
+                how = f"by {signal.Signals(-code).name}" if code < 0 else f"with exit code {code}"
+                text = f"rank {rank} of {len(ranks)} ended {how} and said nothing"
+                raise RuntimeError(f"{text}; SIGKILL is often the kernel's, for lack of memory") from None
+    raise RuntimeError(f"the ranks gave no answer within {_RANKS_MINUTES:g} minutes")
 
 
 def _rank(
@@ -128,26 +116,15 @@ def _rank(
 ) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
     try:
-        from megarl.parallel.mesh import build_mesh
-        from megarl.verify.measure import compare, measure, worst_over_ranks
-        from megarl.verify.references import against_transformers, against_vllm
+        import torch
 
+        from megarl.parallel.mesh import build_mesh
+
+        torch.set_num_threads(1)
         cfg = load([str(folder / f"{which}.yaml")])
         mesh = build_mesh(cfg)
-        rows: list[dict[str, Any]] = []
-        if which == "one":
-            rows.append(against_transformers(cfg, mesh))
-            if vllm:
-                rows.append(against_vllm(cfg, mesh))
-        measured = measure(cfg, mesh)
-        if which == "one":
-            torch.save(measured, folder / "truth.pt")
-        else:
-            truth = torch.load(folder / "truth.pt", weights_only=False)  # of the rank before, in our own folder
-            mine = compare(truth, measured, tolerance)
-            rows = [dataclasses.asdict(row) for row in worst_over_ranks(mine, mesh)]
+        rows = truth(cfg, mesh, folder, vllm=vllm) if which == _ONE else differences(cfg, mesh, folder, tolerance)
         if rank == 0:
             answers.put((rows, None))
         mesh.close()
@@ -158,34 +135,56 @@ def _rank(
         os._exit(1)  # the others' collectives must not be waited for
 
 
-def report(console: Console, references: list[dict[str, Any]], differences: list[dict[str, Any]]) -> int:
-    """The table, and 0 if all of it agrees. Gradients are one row, unless some differ: then each of these."""
+def truth(cfg: Config, mesh: Any, folder: Path, *, vllm: bool) -> list[Difference]:
+    """On one rank: write what the layout is held against, and compare the model with transformers and vLLM."""
+    from megarl.verify.cases import cases_of
+    from megarl.verify.references import against_transformers, against_vllm
+    from megarl.verify.truth import compute
+
+    rows = [against_transformers(cfg, mesh), *([against_vllm(cfg, mesh)] if vllm else [])]
+    for number, case in enumerate(cases_of(cfg)):
+        compute(cfg, mesh, case).save(folder / f"truth{number}.safetensors")
+    return rows
+
+
+def differences(cfg: Config, mesh: Any, folder: Path, tolerance: float) -> list[Difference]:
+    """On every rank of a layout: how far any of them is from `truth`."""
+    from megarl.verify.cases import cases_of
+    from megarl.verify.measure import Measured, compare, measure, worst_over_ranks
+
+    rows = []
+    for number, case in enumerate(cases_of(cfg)):
+        expected = Measured.load(folder / f"truth{number}.safetensors")
+        rows += compare(case, expected, measure(cfg, mesh, case, expected.outputs), tolerance)
+    return worst_over_ranks(rows, mesh)
+
+
+def report(console: Console, references: list[Difference], differences: list[Difference]) -> int:
+    """The table, and 0 if all of it agrees. Gradients are one row a model; those that differ are named below."""
     table = Table("compared", "largest difference", "tolerance", "")
-    wrong = [row for row in (*references, *differences) if not agrees(row)]
-    gradients = differences[3:]
-    for row in (*references, *differences[:3]):
-        _add(table, row)
-    worst = max(gradients, key=lambda row: (row["difference"] != row["difference"], row["difference"]))
-    _add(table, worst | {"what": f"gradients of {len(gradients)} tensors; the worst is {worst['what']}"})
+    gradients = [row for row in differences if row.tensor]
+    for row in (*references, *(row for row in differences if not row.tensor)):
+        _add(table, row, row.what)
+    for model in dict.fromkeys(row.what.partition(": ")[0] for row in gradients):
+        rows = [row for row in gradients if row.what.startswith(f"{model}: ")]
+        worst = max(rows, key=lambda row: row.size)
+        _add(table, worst, f"{model}: gradients of {len(rows)} tensors; the worst is {worst.what.partition(': ')[2]}")
     console.print(table)
+    wrong = [row for row in (*references, *differences) if not row.agrees]
     if not wrong:
         console.print("all of it agrees with one rank")
         return 0
-    first = wrong[0]
-    console.print(f"DIFFERS, first in {first['what']}: by {first['difference']:.3g}, {first['tolerance']:g} is allowed")
-    for row in [row for row in wrong[1:] if row in gradients][:20]:
-        console.print(f"  {row['what']}: {row['difference']:.3g}")
+    tensors = [row for row in wrong if row.tensor]
+    first = (tensors or wrong)[0]
+    what = f"the first parameter of {len(tensors)} is {first.what}" if tensors else first.what
+    console.print(f"DIFFERS: {what}, by {first.difference:.3g}, where {first.tolerance:g} is allowed", soft_wrap=True)
+    for row in tensors[1:20]:
+        console.print(f"  {row.what}: {row.difference:.3g}", soft_wrap=True)
     return 1
 
 
-def agrees(row: dict[str, Any]) -> bool:
-    return row["difference"] is None or row["difference"] <= row["tolerance"]
-
-
-def _add(table: Table, row: dict[str, Any]) -> None:
-    if row["difference"] is None:
-        table.add_row(row["what"], row["note"], "", "not compared")
+def _add(table: Table, row: Difference, what: str) -> None:
+    if row.difference is None:
+        table.add_row(what, row.note.splitlines()[0], "", "not compared")
     else:
-        table.add_row(
-            row["what"], f"{row['difference']:.2e}", f"{row['tolerance']:g}", "" if agrees(row) else "DIFFERS"
-        )
+        table.add_row(what, f"{row.difference:.2e}", f"{row.tolerance:g}", "" if row.agrees else "DIFFERS")

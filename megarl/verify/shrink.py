@@ -9,26 +9,43 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megarl.config import Config, ParallelConfig
+from megarl.config import (
+    CheckpointConfig,
+    ClusterConfig,
+    Config,
+    CriticConfig,
+    DataConfig,
+    GuardConfig,
+    LoggerConfig,
+    ParallelConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+    TrainConfig,
+    ValidationConfig,
+    WeightSyncConfig,
+)
 
 VOCABULARY = 320
+LONGEST_PROMPT, LONGEST_RESPONSE = 20, 40
+MODEL, SCORED = "model", "scored"  # folders of the small model, and of the same with a scalar head
 _SIZES: dict[str, Any] = {
     "hidden_size": 128,
     "intermediate_size": 192,
     "num_attention_heads": 4,
     "vocab_size": VOCABULARY,
     "max_position_embeddings": 512,
-    "initializer_range": 0.1,
     "head_dim": 32,
     "moe_intermediate_size": 64,
-    "kv_lora_rank": 32,
+    "kv_lora_rank": 512,  # with the 64 below: the only latent that vLLM's CPU attention has a kernel for
     "q_lora_rank": 48,
     "qk_nope_head_dim": 32,
-    "qk_rope_head_dim": 16,
+    "qk_rope_head_dim": 64,
     "v_head_dim": 32,
     "sliding_window": 16,
     "n_group": 2,
@@ -114,11 +131,71 @@ def small_layout(cfg: Config, max_ranks: int) -> SmallLayout:
     return SmallLayout(small, dp)
 
 
+def one_rank(layout: SmallLayout) -> SmallLayout:
+    """The same without anything divided."""
+    whole = ParallelConfig()
+    divided = {
+        name: vars(whole)[name] for name in vars(whole) if name.endswith(("_size", "_stage", "sequence_parallel"))
+    }
+    return SmallLayout(dataclasses.replace(layout.parallel, **divided), dp=1)
+
+
+def small_recipe(cfg: Config, layout: SmallLayout, folder: Path, device: str) -> Config:
+    """The recipe with the small model of ``folder``, in fp32, in several microbatches; its losses, its recomputation
+    and its overrides of the model as they are.
+
+    Gradients stay whole on every rank, and are not clipped, to be compared: clipping would hide a factor. What has no
+    part in an update, such as rewards, data and files, is as it is by default.
+    """
+    parallel, pairs = layout.parallel, cfg.algorithm == "online_dpo"
+    tokens = 144 // parallel.context_parallel_size
+    model = dataclasses.replace(cfg.model, path=str(folder / MODEL), dtype="fp32")
+    if model.recompute_num_layers is not None:
+        model = dataclasses.replace(model, recompute_num_layers=1)
+    return dataclasses.replace(
+        cfg,
+        cluster=ClusterConfig(num_nodes=1, gpus_per_node=layout.world_size, device=device),
+        run=RunConfig(name="verify", root=str(folder / "runs"), seed=cfg.run.seed),
+        model=model,
+        parallel=parallel,
+        optimizer=dataclasses.replace(cfg.optimizer, use_distributed_optimizer=False, clip_grad=0.0),
+        train=TrainConfig(train_global_batch_size=6 if pairs else 12, train_mb_tokens=tokens, logprob_mb_tokens=tokens),
+        data=DataConfig(
+            path=str(folder / "data.jsonl"),
+            max_prompt_length=LONGEST_PROMPT,
+            reference_prompt_key=cfg.data.reference_prompt_key,
+        ),
+        rollout=RolloutConfig(
+            max_response_length=LONGEST_RESPONSE,
+            num_prompts_per_step=6,
+            num_generations_per_prompt=2,
+            temperature=cfg.rollout.temperature,
+            kv_cache_gb=0.1,
+            gpu_memory_utilization=cfg.rollout.gpu_memory_utilization,
+        ),
+        reward=RewardConfig(),
+        critic=CriticConfig(),
+        prime=dataclasses.replace(cfg.prime, path=None),
+        validation=ValidationConfig(),
+        weight_sync=WeightSyncConfig(),
+        checkpoint=CheckpointConfig(),
+        guard=GuardConfig(),
+        logger=LoggerConfig(),
+    )
+
+
+def as_truth(cfg: Config) -> Config:
+    """Of the one rank: nothing is computed twice."""
+    plain = {f"recompute_{name}": None for name in ("granularity", "method", "num_layers")}
+    return dataclasses.replace(cfg, model=dataclasses.replace(cfg.model, **plain, recompute_modules=[]))
+
+
 def small_config(hf: Mapping[str, Any], layout: SmallLayout) -> dict[str, Any]:
     """config.json of the small model: the recipe's model's, with other sizes."""
     p = layout.parallel
     small = {name: value for name, value in hf.items() if name not in _DROPPED}
     small |= {name: value for name, value in _SIZES.items() if hf.get(name) is not None}
+    small["initializer_range"] = 0.1  # of 0.02 logits are nearly equal
     heads, groups = hf["num_attention_heads"], hf.get("num_key_value_heads") or hf["num_attention_heads"]
     shards = p.tensor_model_parallel_size
     fewest = min(4, shards) if groups % shards == 0 else 1
@@ -163,3 +240,17 @@ def write_small_model(
     model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text()) | {"architectures": architectures}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
+
+
+def write_models(hf: Mapping[str, Any], layout: SmallLayout, folder: Path, seed: int) -> None:
+    """`write_small_model` as ``folder / MODEL``, and the same with a scalar head as ``folder / SCORED``."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    model, scored = folder / MODEL, folder / SCORED
+    write_small_model(hf, layout, model, seed)
+    scored.mkdir()
+    shutil.copy(model / "config.json", scored)
+    generator = torch.Generator().manual_seed(seed)
+    head = 0.1 * torch.randn(1, small_config(hf, layout)["hidden_size"], generator=generator)
+    save_file(load_file(model / "model.safetensors") | {"score.weight": head}, scored / "model.safetensors")
