@@ -18,15 +18,18 @@ cluster: {num_nodes: 8, gpus_per_node: 8}
 model: {path: models/none}
 data: {path: data/none.jsonl}
 train: {train_global_batch_size: 512}
-loss: {kl_loss_coef: 0.01, truncated_importance_sampling_type: tis, entropy_coef: 0.01}
 """
+# Every term of the policy loss.
+TERMS = ["loss.kl_loss_coef=0.01", "loss.truncated_importance_sampling_type=tis", "loss.entropy_coef=0.01"]
 CP2_TP2 = [
+    *TERMS,
     "parallel.tensor_model_parallel_size=8",
     "parallel.sequence_parallel=true",
     "parallel.context_parallel_size=4",
     "parallel.pipeline_model_parallel_size=1",
 ]
 EP2_TP2 = [
+    *TERMS,
     "parallel.tensor_model_parallel_size=4",
     "parallel.sequence_parallel=true",
     "parallel.expert_model_parallel_size=8",
@@ -58,7 +61,7 @@ def test_what_composes_in_the_recipe_composes_in_the_small_layout(tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
     uneven = ["parallel.pipeline_model_parallel_size=4", "parallel.num_layers_in_first_pipeline_stage=19"]
-    cfg = load([str(recipe), *CP2_TP2[:3], *uneven, "cluster.num_nodes=16"], check_model=False)
+    cfg = load([str(recipe), *CP2_TP2[:6], *uneven, "cluster.num_nodes=16"], check_model=False)
     assert small_layout(cfg, 8).describe() == "TP2 PP2 CP2 SP uneven stages"
     with pytest.raises(ValueError, match="needs 8 ranks, more than --max-ranks 4"):
         small_layout(cfg, 4)
@@ -84,7 +87,7 @@ def test_latent_attention_agrees(ranks, tmp_path):
 # Of every algorithm, a loss with all it asks for; of preference and unpaired those that need more than others.
 LOSSES = {
     "sft": [],
-    "preference": ["loss.loss_agg_mode=token-mean"],
+    "preference": [],
     "preference: longpo": ["preference.loss=longpo", "data.reference_prompt_key=short"],
     "preference: rpo_sq": ["preference.loss=rpo_sq"],
     "preference: bco_pair": ["preference.loss=bco_pair"],
@@ -92,7 +95,7 @@ LOSSES = {
     "unpaired": ["preference.loss=kto"],
     "unpaired: bco": ["preference.loss=bco", "preference.bco_density_ratio=true"],
     "reward_model": ["preference.margin_from_scores=true", "preference.center_rewards_coef=0.1"],
-    "grpo": ["rollout.response_length_stages=[{first_step: 1, max_response_length: 512}]"],
+    "grpo": [*TERMS, "rollout.response_length_stages=[{first_step: 1, max_response_length: 512}]"],
     "ppo": ["loss.loss_agg_mode=seq-mean-token-sum-norm"],
     "remax": ["rollout.temperature=0.7", "loss.loss_agg_mode=seq-mean-token-sum"],
     "prime": [],
