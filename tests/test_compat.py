@@ -13,7 +13,16 @@ from pathlib import Path
 import pytest
 
 MEGATRON_CORE = "0.19.2"
-GATES = ["test_model_ranks.py", "test_moe_ranks.py", "test_training_ranks.py", "test_mcore_reads.py"]
+GATES = [
+    "test_model_ranks.py",
+    "test_moe_ranks.py",
+    "test_context_ranks.py",
+    "test_interleaved_ranks.py",
+    "test_value_ranks.py",
+    "test_routing_ranks.py",
+    "test_training_ranks.py",
+    "test_mcore_reads.py",
+]
 HERE = Path(__file__).parent
 
 

@@ -311,6 +311,16 @@ BATCH, GROUP = "train.train_global_batch_size", "rollout.num_generations_per_pro
             "set checkpoint.save_period, and model and optimizer",
         ),
         ({"reward.pass_env": "[JUDGE_KEY=sk-1]"}, "reward.pass_env: 'JUDGE_KEY'... is no name of an environment"),
+        (
+            {"parallel.moe_token_dispatcher_type": "allgather", GPUS: 2, PP: 2},
+            f"allgather takes packs of one length, which stages do not send: {PP} = 2; set alltoall",
+        ),
+        (
+            {"model.moe_aux_loss_coeff": 0.01, "model.freeze_router": True},
+            "model.moe_aux_loss_coeff = 0.01 is learnt by routers: model.freeze_router = true holds them",
+        ),
+        ({"model.moe_aux_loss_coeff": -1}, "model.moe_aux_loss_coeff = -1.0 is outside [0, inf)"),
+        ({"algorithm": "sft", "rollout.router_replay": True}, "rollout.router_replay = true would do nothing"),
     ],
 )
 def test_sizes_that_do_not_fit(recipe: Callable[..., Path], settings: dict[str, Any], said: str) -> None:
@@ -332,6 +342,10 @@ def test_sizes_that_do_not_fit(recipe: Callable[..., Path], settings: dict[str, 
         ({}, {"rollout.max_model_len": 3000}, "is more than the model's max_position_embeddings = 2048"),
         ({"architectures": ["OtherForCausalLM"]}, {}, "architecture OtherForCausalLM is not supported"),
         ({"num_attention_heads": 0}, {}, "ZeroDivisionError"),
+        ({}, {"model.freeze_router": True}, "model.freeze_router = true, but the model has no experts"),
+        ({}, {"model.moe_aux_loss_coeff": 0.01}, "model.moe_aux_loss_coeff = 0.01, but the model has no experts"),
+        ({}, {"rollout.router_replay": True}, "rollout.router_replay = true, but the model has no experts"),
+        ({}, {"parallel.moe_token_dispatcher_type": "allgather"}, "= allgather, but the model has no experts"),
     ],
 )
 def test_models_that_do_not_fit(
@@ -426,11 +440,15 @@ def test_every_rank_has_a_gpu_of_its_own(recipe: Callable[..., Path]) -> None:
 
 def test_overrides_name_what_megatron_has_and_megarl_leaves_to_them(recipe: Callable[..., Path]) -> None:
     settings = {"hiden_dropout": 0.1, "tensor_model_parallel_size": 2, "bf16": True, "calculate_per_token_loss": False}
+    settings |= {"overlap_p2p_comm": False, "moe_token_dispatcher_type": "allgather", "moe_aux_loss_coeff": 0.01}
     given = [f"model.model_overrides.{name}={value}" for name, value in settings.items()]
     assert problems(recipe(), *given) == [
         f"model.model_overrides.tensor_model_parallel_size cannot be overridden: set {TP}",
         "model.model_overrides.bf16 cannot be overridden: set model.dtype",
         "model.model_overrides.calculate_per_token_loss cannot be overridden: megarl's engine depends on its own value",
+        "model.model_overrides.overlap_p2p_comm cannot be overridden: megarl's engine depends on its own value",
+        "model.model_overrides.moe_token_dispatcher_type cannot be overridden: set parallel.moe_token_dispatcher_type",
+        "model.model_overrides.moe_aux_loss_coeff cannot be overridden: set model.moe_aux_loss_coeff",
         "model.model_overrides.hiden_dropout: megatron-core's TransformerConfig has no such field; "
         "did you mean hidden_dropout?",
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+import torch
 
 from megarl.data.prompts import Prompt
 from megarl.rollout.conversation import Completion, Transcript, single_turn
@@ -43,6 +44,20 @@ def test_observations_are_outside_the_mask_and_as_old_as_the_turn_before():
     assert sample.loss_mask.tolist() == [True, False, False, True]
     assert sample.rollout_logps.tolist() == [-1, 0, 0, -2] and sample.versions.tolist() == [2, 2, 2, 3]
     assert sample.measures == {"environment_reward": 0.5} and sample.finish_reason == "length"
+
+
+def test_experts_are_those_of_the_last_turn_and_any_for_what_nobody_read():
+    """Of two layers and two experts a token. The second turn has read prompt, first turn and observation: 4 tokens."""
+    transcript = Transcript(PROMPT)
+    transcript.wrote(Completion([7], [-1.0], "stop", torch.full((2, 2, 2), 9)))
+    transcript.observed([8])
+    routed = torch.arange(16).reshape(4, 2, 2)
+    transcript.wrote(Completion([1], [-2.0], "stop", routed))
+    assert torch.equal(transcript.sample().routed_experts, routed)
+    transcript.observed([4, 4])  # of which the last is never read
+    experts = transcript.sample().routed_experts
+    assert len(experts) == len(transcript.tokens) - 1 == 6
+    assert experts[4:].tolist() == [[[0, 1], [0, 1]]] * 2
 
 
 def test_a_conversation_that_is_nothing_or_half_known_is_refused():

@@ -143,3 +143,17 @@ def test_a_response_that_is_all_hole_does_not_count():
     sample = Sample("a", 0, [1, 2, 3], 1, loss_mask=torch.tensor([False, False]))
     batch = pack([sample], CPU, loss_agg_mode="seq-mean-token-mean")
     assert batch.count == 0 and batch.weights.sum() == 0 and batch.lengths.tolist() == [0]
+
+
+def test_experts_and_padding_by_hand():
+    """Two sequences of 2 and 1 positions, padded to 2 each; the second has no response, so that it counts for nothing.
+    Of one layer and two experts a token."""
+    experts = torch.tensor([[[5, 3]], [[4, 7]]], dtype=torch.uint8)
+    one = Sample("a", 0, [1, 2, 3], 1, routed_experts=experts)
+    other = Sample("b", 0, [8, 9], 2, routed_experts=torch.tensor([[[6, 2]]], dtype=torch.uint8))
+    batch = pack([one, other], CPU, each=2)
+    assert batch.routed_experts.tolist() == [[[5, 3]], [[4, 7]], [[6, 2]], [[0, 1]]]  # padding goes to the first ones
+    assert batch.padding.tolist() == [False, False, True, True] and batch.num_positions == 2
+    assert pack([Sample("a", 0, [1, 2], 1)], CPU).routed_experts is None
+    with pytest.raises(ValueError, match="prompt b, sample 0: vLLM reported the experts of 0 positions, it has 1"):
+        pack([one, Sample("b", 0, [8, 9], 1)], CPU)

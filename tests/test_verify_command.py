@@ -109,7 +109,11 @@ def test_what_vllm_cannot_compute_here_is_said(verify, monkeypatch):
     assert "not compared" in line and "attention heads of size 24" in line
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT)))
+# Those of methods differ in their losses alone.
+SMALL = [pytest.param(path, marks=[pytest.mark.slow] * (path.parent.name == "methods")) for path in RECIPES]
+
+
+@pytest.mark.parametrize("path", SMALL, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_recipe_can_be_made_small(path: Path, tmp_path, monkeypatch):
     """Its ranks load what the command writes, and know what to compare: of a model that is not here, by its
     config.json."""

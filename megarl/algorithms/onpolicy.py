@@ -115,7 +115,12 @@ def prepare(cfg: Config, run: Run, mesh: Mesh, *, reference: bool) -> Parts:
         steps, updates = number_of_steps(cfg, len(prompts))
         sampler = sampler_of(cfg, mesh, tokenizer, run, stream)
         policy = Engine(
-            cfg, mesh, read_spec(cfg.model.path), temperature=cfg.rollout.temperature, total_updates=updates
+            cfg,
+            mesh,
+            read_spec(cfg.model.path),
+            temperature=cfg.rollout.temperature,
+            total_updates=updates,
+            replays_experts=cfg.rollout.router_replay,
         )
         colocated = cfg.rollout.mode == "colocated"
         deal = to_engines(policy.spec, mesh, cfg.rollout.tensor_parallel_size) if colocated else to_sender(mesh)

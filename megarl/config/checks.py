@@ -16,6 +16,7 @@ from megarl.config.remote import check_remote
 from megarl.config.running import check_running
 from megarl.config.sizes import (
     CP,
+    DISPATCHER,
     EP,
     ETP,
     FIRST,
@@ -87,7 +88,7 @@ def _launch(cfg: "Config", launched: int | None) -> Problems:
 
 
 def _layout(cfg: "Config") -> Problems:
-    """Ranks over tensor, pipeline and data parallelism."""
+    """Ranks over tensor, pipeline, context and data parallelism, and what of it needs what else."""
     world, batch = job_size(cfg), cfg.train.train_global_batch_size
     tp, pp, cp = (
         cfg.parallel.tensor_model_parallel_size,
@@ -107,6 +108,14 @@ def _layout(cfg: "Config") -> Problems:
             f"{world} ranks / ({words}) = {replicas}",
             (*WORLD, TP, PP, CP, "train.train_global_batch_size"),
         )
+    if cfg.parallel.moe_token_dispatcher_type == "allgather" and pp > 1:
+        text = (
+            f"{DISPATCHER} = allgather takes packs of one length, which stages do not send: {PP} = {pp}; set alltoall"
+        )
+        yield Problem(text, (DISPATCHER, PP))
+    if cfg.model.freeze_router and cfg.model.moe_aux_loss_coeff:
+        text = f"model.moe_aux_loss_coeff = {cfg.model.moe_aux_loss_coeff} is learnt by routers: model.freeze_router"
+        yield Problem(f"{text} = true holds them", ("model.moe_aux_loss_coeff", "model.freeze_router"))
     if cfg.parallel.sequence_parallel and tp == 1:
         text = f"parallel.sequence_parallel divides activations over tensor-parallel ranks, but {TP} = 1"
         yield Problem(text, ("parallel.sequence_parallel", TP))

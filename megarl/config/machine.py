@@ -12,6 +12,7 @@ from megarl.config.fp8 import check_fp8_machine, check_fp8_model, this_machine
 from megarl.config.memory import ENGINE_ONLY, check_recompute
 from megarl.config.remote import engines_beside
 from megarl.config.sizes import (
+    DISPATCHER,
     EP,
     ETP,
     FIRST,
@@ -131,6 +132,14 @@ def _model_experts(cfg: "Config", spec: "ModelSpec") -> Problems:
         for path, size in ((EP, ep), (ETP, cfg.parallel.expert_tensor_parallel_size or 1)):
             if size > 1:
                 yield Problem(f"{path} = {size}, but the model has no experts", ("model.path", path))
+        asked = {
+            "model.freeze_router = true": cfg.model.freeze_router,
+            f"model.moe_aux_loss_coeff = {cfg.model.moe_aux_loss_coeff}": cfg.model.moe_aux_loss_coeff > 0,
+            f"{DISPATCHER} = allgather": cfg.parallel.moe_token_dispatcher_type == "allgather",
+            "rollout.router_replay = true": cfg.rollout.router_replay,
+        }
+        for text in (text for text, wish in asked.items() if wish):
+            yield Problem(f"{text}, but the model has no experts", ("model.path", text.split()[0]))
         return
     experts, columns = spec.moe.num_experts, spec.moe.ffn_hidden_size
     if rest := remainder(experts, ep):

@@ -24,6 +24,10 @@ class ModelConfig:
     """With full recompute: layers in a unit (uniform), or recomputed layers in a stage (block)."""
     recompute_modules: list[str] = field(default_factory=list)
     """With selective recompute: which parts of a layer, of those that `config/memory.py` lists."""
+    freeze_router: bool = False
+    """Leave the routers of experts as they are; everything else is trained."""
+    moe_aux_loss_coeff: float = 0.0
+    """Weight of the loss that balances the experts' load within a microbatch (Switch, 2101.03961); 0 leaves it out."""
     model_overrides: dict[str, Any] = field(default_factory=dict)
     """Fields of megatron's TransformerConfig to set by name, over what its family says, but for layout and numbers."""
 
@@ -64,6 +68,8 @@ class ParallelConfig:
     """Ranks that share the experts of each layer, each holding some of them whole."""
     expert_tensor_parallel_size: int | None = None
     """Ranks that share each expert's matrices; null means `tensor_model_parallel_size`."""
+    moe_token_dispatcher_type: Literal["alltoall", "allgather"] = "alltoall"
+    """How tokens get to their experts: to these ranks alone, or to all, which costs less where ranks are few."""
     num_layers_in_first_pipeline_stage: int | None = None
     """Layers of the first stage, which also holds the embedding; null divides evenly."""
     num_layers_in_last_pipeline_stage: int | None = None

@@ -64,7 +64,7 @@ class RolloutConfig:
     quantization: Literal["fp8_per_tensor", "fp8_per_channel", "fp8_per_block"] | None = None
     """Let vLLM quantise the weights, at its start and at every push; null leaves them as they are."""
     router_replay: bool = False
-    """Let vLLM report with every response the experts that each of its tokens was sent to."""
+    """Send the policy's tokens to the experts that vLLM sent them to, not to those of its own routers (2510.11370)."""
     mode: Literal["colocated", "remote"] = "colocated"
     """Where engines are: in the trainer's processes, in turns with training, or servers of their own (megarl serve)."""
     max_staleness: int = 0

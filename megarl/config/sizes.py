@@ -14,6 +14,7 @@ EP = "parallel.expert_model_parallel_size"
 ETP = "parallel.expert_tensor_parallel_size"
 FIRST = "parallel.num_layers_in_first_pipeline_stage"
 LAST = "parallel.num_layers_in_last_pipeline_stage"
+DISPATCHER = "parallel.moe_token_dispatcher_type"
 ROLLOUT_TP = "rollout.tensor_parallel_size"
 LENGTHS = ("data.max_prompt_length", "rollout.max_response_length")
 

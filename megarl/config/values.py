@@ -37,6 +37,7 @@ RANGES = {
     "cluster.gpus_per_node": "[1, inf)",
     "model.logprob_chunk_size": "[1, inf)",
     "model.recompute_num_layers": "[1, inf)",
+    "model.moe_aux_loss_coeff": "[0, inf)",
     "fp8_cfg.num_layers_at_start_in_bf16": "[0, inf)",
     "fp8_cfg.num_layers_at_end_in_bf16": "[0, inf)",
     "parallel.tensor_model_parallel_size": "[1, inf)",
@@ -176,6 +177,13 @@ OWNED_OVERRIDES = {
     "grad_sync_func": _ENGINE,
     "param_sync_func": _ENGINE,
     "variable_seq_lengths": _ENGINE,
+    # Set otherwise, an interleaved pipeline of two stages has wrong gradients, and nothing says so.
+    **dict.fromkeys(("overlap_p2p_comm", "batch_p2p_comm"), _ENGINE),
+    "moe_token_dispatcher_type": "set parallel.moe_token_dispatcher_type",
+    "moe_aux_loss_coeff": "set model.moe_aux_loss_coeff",
+    "moe_router_load_balancing_type": "model.moe_aux_loss_coeff is of aux_loss, the one that megarl counts right",
+    "moe_z_loss_coeff": "megatron's z-loss is not counted by tokens here; model.moe_aux_loss_coeff is",
+    "moe_enable_routing_replay": "set rollout.router_replay",
     "perform_initialization": _ENGINE,
     "use_cpu_initialization": _ENGINE,
 }

@@ -97,12 +97,13 @@ def pack(
     paddings[-1] += -(sum(lengths) + sum(paddings)) % multiple
     total = sum(lengths) + sum(paddings)
     tokens, targets, cu_seqlens = [], [], [0]
-    response = torch.zeros(total, dtype=torch.bool)
+    response, padded = torch.zeros(total, dtype=torch.bool), torch.ones(total, dtype=torch.bool)
     for sample, length, padding in zip(samples, lengths, paddings, strict=True):
         start = cu_seqlens[-1]
         tokens += sample.tokens[:-1] + [0] * padding
         targets += sample.tokens[1:] + [0] * padding
         response[start + sample.prompt_length - 1 : start + length] = True
+        padded[start : start + length] = sample.response_length == 0
         cu_seqlens.append(start + length + padding)
     sizes = torch.tensor(cu_seqlens).diff()
     sequence = torch.repeat_interleave(torch.arange(len(samples)), sizes)
@@ -137,7 +138,28 @@ def pack(
         ref_logps=spread(lambda sample: sample.ref_logps),
         old_values=spread(lambda sample: sample.values),
         returns=spread(lambda sample: sample.returns),
+        padding=padded.to(device),
+        routed_experts=_routed(samples, cu_seqlens, device),
     )
+
+
+def _routed(samples: list[Sample], cu_seqlens: list[int], device: torch.device) -> Tensor | None:
+    """[T, layers, top-k] int64, where vLLM reported them. Padding goes to the first experts. Raises ValueError where
+    they are missing of some samples only, or not of every position."""
+    known = [sample for sample in samples if sample.routed_experts is not None]
+    if not known:
+        return None
+    assert known[0].routed_experts is not None, "just asked"
+    layers, topk = known[0].routed_experts.shape[1:]
+    out = torch.arange(topk).repeat(cu_seqlens[-1], layers, 1)
+    for start, sample in zip(cu_seqlens[:-1], samples, strict=True):
+        reported = 0 if sample.routed_experts is None else len(sample.routed_experts)
+        if reported != positions_of(sample):
+            raise ValueError(
+                f"{sample.name}: vLLM reported the experts of {reported} positions, it has {positions_of(sample)}"
+            )
+        out[start : start + reported] = sample.routed_experts.long().cpu()  # type: ignore[union-attr]
+    return out.to(device)
 
 
 def _loss_mask(sample: Sample) -> Tensor:

@@ -37,6 +37,7 @@ class Sample:
     staleness: Tensor | None = None  # [response] int32: how many updates those are behind; None: none
     finish_reason: str = ""  # of a rollout's: "stop", "length", or what its environment says
     measures: dict[str, float] = field(default_factory=dict)  # what its environment says of it
+    routed_experts: Tensor | None = None  # [tokens - 1, layers with experts, top-k]: where vLLM sent each position
     row: int = -1  # its place in the step's table, where it is one of a rollout's
 
     @property
@@ -68,7 +69,14 @@ class MicroBatch:
     ref_logps: Tensor | None = None  # [T]
     old_values: Tensor | None = None  # [T]
     returns: Tensor | None = None  # [T]
+    padding: Tensor | None = None  # [T] bool: positions of no sample, or of one without a response
+    routed_experts: Tensor | None = None  # [T, layers with experts, top-k]: where vLLM sent each token
     entropy: Tensor | None = None  # [T], of the current policy; the engine sets it before a loss sees the batch
+
+    @property
+    def num_positions(self) -> int:
+        """Without padding."""
+        return sum(len(sample.tokens) - 1 for sample in self.samples if sample.response_length)
 
     @property
     def lengths(self) -> Tensor:

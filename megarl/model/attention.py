@@ -22,6 +22,7 @@ from megatron.core.transformer.utils import is_layer_window_attention, make_shar
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from megarl.model.router import Routing
 from megarl.parallel.context import ContextShare
 
 # Queries whose mask exists at once, where keys come from other ranks: [block, keys] of it.
@@ -43,6 +44,7 @@ class PackedLayout(PackedSeqParams):
     positions: Tensor | None = None  # [T], of every token in its sequence; see `packed_layout` for those of a share
     share: ContextShare | None = None  # the tokens that are here, where context parallelism divides them
     cu_seqlens: list[int] = field(default_factory=list)  # on the host
+    routing: Routing | None = None  # what layers with experts tell their routers
 
     def as_one_sequence(self) -> PackedLayout:
         """The same for megatron's unfused rotary embedding, which loops over sequences in Python: only it reads the
@@ -53,7 +55,12 @@ class PackedLayout(PackedSeqParams):
 
 
 def packed_layout(
-    cu_seqlens: list[int], device: torch.device, *, transformer_engine: bool, share: ContextShare | None = None
+    cu_seqlens: list[int],
+    device: torch.device,
+    *,
+    transformer_engine: bool,
+    share: ContextShare | None = None,
+    routing: Routing | None = None,
 ) -> PackedLayout:
     """Describe sequences ``cu_seqlens[i]:cu_seqlens[i+1]`` of one pack to megatron.
 
@@ -81,6 +88,7 @@ def packed_layout(
         positions=positions if share is None else _where_megatron_looks(positions, share),
         share=share,
         cu_seqlens=cu_seqlens,
+        routing=routing,
     )
     return layout if transformer_engine else layout.as_one_sequence()
 

@@ -33,6 +33,7 @@ from megarl.model.family import ModelSpec, UnsupportedModel
 from megarl.model.heads import VocabShard, token_logprobs
 from megarl.model.latent import LatentAttention, LocalLatentAttention, PackedRotary
 from megarl.model.rope import attention_factor, inverse_frequencies
+from megarl.model.router import routers, with_packed_router
 from megarl.parallel.mesh import Mesh
 from megarl.weights.names import canonical_parameters
 from megarl.weights.rules import Shard
@@ -173,8 +174,9 @@ def transformer_config(cfg: Config, spec: ModelSpec, mesh: Mesh) -> TransformerC
         # Megatron's batched sends pair up wrongly between two stages that are each other's next and previous one.
         "overlap_p2p_comm": mesh.vpp_size > 1,
         "batch_p2p_comm": mesh.vpp_size == 1,
-        "variable_seq_lengths": True,
-        "moe_token_dispatcher_type": "alltoall",  # variable_seq_lengths asks for it, also of dense models
+        # Stages tell each other the sizes of what they send; megatron refuses that with allgather, of dense models too.
+        "variable_seq_lengths": cfg.parallel.moe_token_dispatcher_type == "alltoall",
+        "moe_token_dispatcher_type": cfg.parallel.moe_token_dispatcher_type,
         # numbers and memory
         "bf16": dtype is torch.bfloat16,
         "params_dtype": dtype,
@@ -199,7 +201,7 @@ def transformer_config(cfg: Config, spec: ModelSpec, mesh: Mesh) -> TransformerC
     }
     if cfg.model.recompute_modules:
         settings["recompute_modules"] = list(cfg.model.recompute_modules)
-    settings |= _activation(spec) | _experts(spec, engine) | _latent_attention(spec)
+    settings |= _activation(spec) | _experts(cfg, spec, engine) | _latent_attention(spec)
     kind = TransformerConfig if spec.mla is None else MLATransformerConfig
     return kind(**settings | dict(cfg.model.model_overrides))
 
@@ -226,9 +228,9 @@ def _activation(spec: ModelSpec) -> dict[str, Any]:
     return {"activation_func": F.silu}
 
 
-def _experts(spec: ModelSpec, engine: bool) -> dict[str, Any]:
-    """Routing as the checkpoint's authors have it. Nothing balances the experts' load unless overrides ask for it:
-    ``moe_aux_loss_coeff`` and ``moe_router_bias_update_rate`` are 0."""
+def _experts(cfg: Config, spec: ModelSpec, engine: bool) -> dict[str, Any]:
+    """Routing as the checkpoint's authors have it. Nothing balances the experts' load unless it is asked for:
+    ``model.moe_aux_loss_coeff`` is 0, and so is ``moe_router_bias_update_rate``, an override."""
     if spec.moe is None:
         return {}
     moe = spec.moe
@@ -244,6 +246,8 @@ def _experts(spec: ModelSpec, engine: bool) -> dict[str, Any]:
         "moe_router_topk_scaling_factor": moe.router_topk_scaling_factor,
         "moe_router_enable_expert_bias": moe.router_expert_bias,
         "moe_router_bias_update_rate": 0.0,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": cfg.model.moe_aux_loss_coeff,
         "moe_router_dtype": "fp32",  # in 16 bit near ties would choose other experts
         "moe_shared_expert_intermediate_size": moe.shared_ffn_hidden_size or None,
         "moe_grouped_gemm": engine,
@@ -292,7 +296,7 @@ def _engine_layer(spec: ModelSpec, moe: bool) -> ModuleSpec:
     )
     if spec.mla:
         layer.submodules.self_attention.module = LatentAttention
-    return layer
+    return with_packed_router(layer) if moe else layer
 
 
 def _local_layer(spec: ModelSpec, moe: bool) -> ModuleSpec:
@@ -312,7 +316,7 @@ def _local_layer(spec: ModelSpec, moe: bool) -> ModuleSpec:
         attention.q_layernorm = RMSNorm if spec.mla.q_lora_rank is not None else IdentityOp
     elif spec.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return layer
+    return with_packed_router(layer) if moe else layer
 
 
 def build_model(cfg: Config, spec: ModelSpec, mesh: Mesh, temperature: float) -> PackedModel:
@@ -373,6 +377,11 @@ def _build_chunk(
         # autograd forbids of a sum's result.
         if spec.linear_bias and isinstance(module, RowParallelLinear) and module.is_expert:
             module.explicit_expert_comm = True
+    for router in routers(model):
+        assert spec.moe is not None, "a router is of a layer with experts"
+        router.place = sum(spec.moe.layers[: router.layer_number - 1])
+        for parameter in router.parameters():
+            parameter.requires_grad_(not cfg.model.freeze_router)
     mark_shards(model, spec, mesh)
     return model.to(mesh.device)
 

@@ -34,6 +34,7 @@ from megarl.model.flops import ModelFlops
 from megarl.model.offload import HostWeights, Residency
 from megarl.model.optimizer import build_optimizer, build_scheduler
 from megarl.model.precision import FP8Rounding, as_plain
+from megarl.model.router import Routing, routers
 from megarl.parallel.context import ContextShare, multiple_of, share_of
 from megarl.parallel.mesh import Mesh
 from megarl.weights.load import load_hf
@@ -59,7 +60,14 @@ class Engine:
     of `logps`: a loss then gets values [T], of the state before each response token."""
 
     def __init__(
-        self, cfg: Config, mesh: Mesh, spec: ModelSpec, *, temperature: float, total_updates: int | None
+        self,
+        cfg: Config,
+        mesh: Mesh,
+        spec: ModelSpec,
+        *,
+        temperature: float,
+        total_updates: int | None,
+        replays_experts: bool = False,
     ) -> None:
         """Build the model from ``cfg.model.path`` with its optimizer.
 
@@ -67,9 +75,12 @@ class Engine:
             temperature: what log-probabilities divide logits by: the temperature of sampling.
             total_updates: optimizer updates of the whole run, which the learning rate decays over. None: it is never
                 updated, so that it has neither gradients nor an optimizer.
+            replays_experts: send tokens to the experts that samples say (`Sample.routed_experts`): of the model that
+                vLLM samples from. Another's routers chose others.
         """
         self.cfg = cfg
         self.mesh = mesh
+        self.replays_experts = replays_experts
         self.spec = spec = spec.without_mtp()  # they predict further tokens, which no loss here asks for
         self.flops = ModelFlops.of(spec)
         self.refused: Callable[[NonFiniteError], None] = _raise  # told, on every rank, of an update that was refused
@@ -79,7 +90,8 @@ class Engine:
             # This rank's layers: one model, or several that take turns in an interleaved pipeline.
             self.model: torch.nn.Module = parts[0] if len(parts) == 1 else torch.nn.ModuleList(parts)
             load_hf(self.model, spec, mesh, cfg.model.path)
-            self.model.requires_grad_(total_updates is not None)
+            if total_updates is None:
+                self.model.requires_grad_(False)
             ddp = DistributedDataParallelConfig(
                 grad_reduce_in_fp32=True,
                 use_distributed_optimizer=cfg.optimizer.use_distributed_optimizer,
@@ -160,9 +172,15 @@ class Engine:
         with self.residency.on_device("params", "grads", "optimizer"), self.mesh.platform():
             self._forget_gradients()
             self.optimizer.zero_grad()
+            for router in routers(self.model):
+                router.begin_step()
+            positions, count = self._totals(batches)
+            loss_step = partial(self._loss_step, loss, by_response, count / max(positions, 1))
             with self.rounding.watching() if self.rounding else contextlib.nullcontext():
-                sums = self._run(batches, partial(self._loss_step, loss, by_response), forward_only=False)
+                sums = self._run(batches, loss_step, forward_only=False)
             metrics = self._reduce(sums, by_response)
+            if self._balances:
+                metrics["moe_aux_loss"] = self._balance(positions)
             here, everywhere = self._finite(metrics["loss"])
             grad_norm = 0.0
             if not everywhere:
@@ -228,6 +246,10 @@ class Engine:
             dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.mesh.host_group)
             batches += [self._pack(nothing, loss_agg_mode) for _ in range(int(most) - len(batches))]
         batches += [self._pack(nothing, loss_agg_mode) for _ in range(self._missing(len(batches)))]
+        if self.mesh.ep_size > 1 and self.cfg.parallel.moe_token_dispatcher_type == "allgather":
+            sizes = torch.tensor([len(batch.tokens) for batch in batches])  # it takes as many tokens of each replica
+            dist.all_reduce(sizes, op=dist.ReduceOp.MAX, group=self.mesh.host_group)
+            batches = [self._pack(b.samples, loss_agg_mode, n) for b, n in zip(batches, sizes.tolist(), strict=True)]
         order = [i * together + k for group in groups for i in group for k in range(together)]
         place = {i: at for at, i in enumerate(order)}
         return batches, [place[i] for i in range(len(samples))]
@@ -236,7 +258,8 @@ class Engine:
         """An interleaved pipeline takes as many microbatches at a time as it has stages."""
         return -microbatches % self.mesh.pp_size if len(self.chunks) > 1 else 0
 
-    def _pack(self, samples: list[Sample], loss_agg_mode: str) -> MicroBatch:
+    def _pack(self, samples: list[Sample], loss_agg_mode: str, length: int | None = None) -> MicroBatch:
+        """``length``: positions, where padding is to make them that many."""
         multiple = self.mesh.tp_size if self.cfg.parallel.sequence_parallel else 1
         each, whole = multiple_of(self.mesh.cp_size, multiple, tokens_multiple(self.cfg))
         longest = self.cfg.rollout.max_response_length
@@ -244,7 +267,7 @@ class Engine:
             samples,
             self.mesh.device,
             each=each,
-            multiple=whole,
+            multiple=length or whole,
             loss_agg_mode=loss_agg_mode,
             max_response_length=longest,
         )
@@ -269,10 +292,16 @@ class Engine:
             **kwargs,
         )
 
-    def _forward(self, batch: MicroBatch, model: torch.nn.Module, *, labels: bool = True) -> Tensor:
+    def _forward(
+        self, batch: MicroBatch, model: torch.nn.Module, *, labels: bool = True, aux_scale: float = 0.0
+    ) -> Tensor:
         share = self._share(batch)
         layout = packed_layout(
-            batch.cu_seqlens, self.mesh.device, transformer_engine=self.transformer_engine, share=share
+            batch.cu_seqlens,
+            self.mesh.device,
+            transformer_engine=self.transformer_engine,
+            share=share,
+            routing=self._routing(batch, share, aux_scale) if self.spec.moe else None,
         )
         here = slice(None) if share is None else share.mine
         return model(
@@ -283,6 +312,47 @@ class Engine:
             loss_mask=batch.loss_mask[here][None],
             packed_seq_params=layout,
         )
+
+    def _routing(self, batch: MicroBatch, share: ContextShare | None, aux_scale: float) -> Routing:
+        """Of the tokens that this rank's routers see."""
+        assert batch.padding is not None, "`pack` says which positions are padding"
+
+        def here(x: Tensor) -> Tensor:
+            x = x if share is None else x[share.mine]
+            return x.chunk(self.mesh.tp_size)[self.mesh.tp_rank] if self.cfg.parallel.sequence_parallel else x
+
+        replayed = batch.routed_experts if self.replays_experts else None
+        tokens = batch.num_positions
+        if self.replays_experts and replayed is None and tokens:
+            text = "came without the experts that its tokens were sent to, which rollout.router_replay trains with"
+            raise ValueError(f"{batch.samples[0].name} {text}")
+        experts = None if replayed is None else here(replayed)
+        return Routing(here(batch.padding), tokens, tokens * aux_scale, experts)
+
+    @property
+    def _balances(self) -> bool:
+        return self.spec.moe is not None and self.cfg.model.moe_aux_loss_coeff > 0
+
+    def _totals(self, batches: list[MicroBatch]) -> tuple[int, int]:
+        """Positions of the whole step, without padding, and its count."""
+        if not self._balances:
+            return 0, 0
+        mine = [sum(batch.num_positions for batch in batches), sum(batch.count for batch in batches)]
+        totals = torch.tensor(mine, device=self.mesh.device)
+        dist.all_reduce(totals, group=self.mesh.dp_group)
+        positions, count = totals.tolist()
+        return positions, count
+
+    def _balance(self, positions: int) -> float:
+        """The step's auxiliary loss, without its coefficient: the mean over layers with experts. 1 where every expert
+        is chosen as often as any other."""
+        assert self.spec.moe is not None, "asked of models with experts"
+        total = torch.zeros((), device=self.mesh.device)
+        for router in routers(self.model):
+            if router.reported is not None:
+                total += router.reported
+        dist.all_reduce(total)  # ranks of a pack have parts of it, stages their layers, replicas their packs
+        return total.item() / max(positions * sum(self.spec.moe.layers), 1)
 
     def _joined(self, out: Tensor, batch: MicroBatch) -> Tensor:
         """[n, T / CP] -> [n, T], the same on every rank of the context-parallel group."""
@@ -305,7 +375,12 @@ class Engine:
         return self._forward(batch, model, labels=False), collect
 
     def _loss_step(
-        self, loss: Loss, by_response: bool, batches: Iterator[MicroBatch], model: torch.nn.Module
+        self,
+        loss: Loss,
+        by_response: bool,
+        aux_scale: float,
+        batches: Iterator[MicroBatch],
+        model: torch.nn.Module,
     ) -> tuple[Tensor, Callable[..., Any]]:
         batch = next(batches)
 
@@ -319,7 +394,7 @@ class Engine:
             sums = {name: torch.where(batch.loss_mask, x.detach() * each, 0).sum() for name, x in metrics.items()}
             return total, once, sums | {"loss": total.detach(), "count": count, "tokens": batch.loss_mask.sum()}
 
-        return self._forward(batch, model), reduce
+        return self._forward(batch, model, aux_scale=aux_scale), reduce
 
     def _reduce(self, sums: list[dict[str, Tensor]], by_response: bool) -> dict[str, float]:
         """Sum the step's metrics over microbatches and replicas, divide, and tell every stage."""

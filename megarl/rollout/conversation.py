@@ -81,6 +81,7 @@ class Transcript:
         self._logps: list[float] = []
         self._written: list[bool] = []
         self._versions: list[int] = []
+        self._routed_experts: torch.Tensor | None = None
 
     @property
     def tokens(self) -> list[int]:
@@ -95,6 +96,7 @@ class Transcript:
         """A turn of the policy's."""
         self._append(completion.tokens, completion.logps, [True] * len(completion.tokens))
         self._versions += completion.versions
+        self._routed_experts = completion.routed_experts  # of all that it read, turns before included
         self._finish_reason = completion.finish_reason
 
     def observed(self, tokens: Sequence[int]) -> None:
@@ -128,9 +130,20 @@ class Transcript:
             rollout_logps=torch.tensor(self._logps),
             loss_mask=None if all(self._written) else torch.tensor(self._written),
             versions=versions,
+            routed_experts=self._routed(),
             finish_reason=finish_reason or self._finish_reason,
             measures=measures or {},
         )
+
+    def _routed(self) -> torch.Tensor | None:
+        """[tokens - 1, layers, top-k]. What was observed after the last turn, no engine has read: nothing that the
+        policy wrote follows, so that any experts will do."""
+        if self._routed_experts is None:
+            return None
+        unread = len(self._tokens) - 1 - len(self._routed_experts)
+        layers, topk = self._routed_experts.shape[1:]
+        first = torch.arange(topk, dtype=self._routed_experts.dtype).expand(unread, layers, topk)
+        return torch.cat([self._routed_experts, first])
 
 
 async def single_turn(engine: AsyncEngine, prompt: Prompt) -> Sample:

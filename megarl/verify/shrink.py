@@ -15,20 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from megarl.config import (
-    CheckpointConfig,
     ClusterConfig,
     Config,
-    CriticConfig,
     DataConfig,
-    GuardConfig,
-    LoggerConfig,
+    OptimizerConfig,
     ParallelConfig,
-    RewardConfig,
+    PrimeConfig,
     RolloutConfig,
     RunConfig,
     TrainConfig,
-    ValidationConfig,
-    WeightSyncConfig,
 )
 
 VOCABULARY = 320
@@ -147,19 +142,25 @@ def small_recipe(cfg: Config, layout: SmallLayout, folder: Path, device: str) ->
     Gradients stay whole on every rank, and are not clipped, to be compared: clipping would hide a factor. What has no
     part in an update, such as rewards, data and files, is as it is by default.
     """
-    parallel, pairs = layout.parallel, cfg.algorithm == "online_dpo"
-    tokens = 144 // parallel.context_parallel_size
-    model = dataclasses.replace(cfg.model, path=str(folder / MODEL), dtype="fp32")
+    tokens = 144 // layout.parallel.context_parallel_size
+    # What balances experts depends on which samples share a microbatch: that is not the same in every layout.
+    model = dataclasses.replace(cfg.model, path=str(folder / MODEL), dtype="fp32", moe_aux_loss_coeff=0.0)
     if model.recompute_num_layers is not None:
         model = dataclasses.replace(model, recompute_num_layers=1)
-    return dataclasses.replace(
-        cfg,
-        cluster=ClusterConfig(num_nodes=1, gpus_per_node=layout.world_size, device=device),
+    return Config(
+        algorithm=cfg.algorithm,
         run=RunConfig(name="verify", root=str(folder / "runs"), seed=cfg.run.seed),
+        cluster=ClusterConfig(num_nodes=1, gpus_per_node=layout.world_size, device=device),
         model=model,
-        parallel=parallel,
-        optimizer=dataclasses.replace(cfg.optimizer, use_distributed_optimizer=False, clip_grad=0.0),
-        train=TrainConfig(train_global_batch_size=6 if pairs else 12, train_mb_tokens=tokens, logprob_mb_tokens=tokens),
+        parallel=layout.parallel,
+        optimizer=OptimizerConfig(
+            use_distributed_optimizer=False, clip_grad=0.0, overlap_grad_reduce=cfg.optimizer.overlap_grad_reduce
+        ),
+        train=TrainConfig(
+            train_global_batch_size=6 if cfg.algorithm == "online_dpo" else 12,  # pairs, or responses
+            train_mb_tokens=tokens,
+            logprob_mb_tokens=tokens,
+        ),
         data=DataConfig(
             path=str(folder / "data.jsonl"),
             max_prompt_length=LONGEST_PROMPT,
@@ -173,14 +174,10 @@ def small_recipe(cfg: Config, layout: SmallLayout, folder: Path, device: str) ->
             kv_cache_gb=0.1,
             gpu_memory_utilization=cfg.rollout.gpu_memory_utilization,
         ),
-        reward=RewardConfig(),
-        critic=CriticConfig(),
-        prime=dataclasses.replace(cfg.prime, path=None),
-        validation=ValidationConfig(),
-        weight_sync=WeightSyncConfig(),
-        checkpoint=CheckpointConfig(),
-        guard=GuardConfig(),
-        logger=LoggerConfig(),
+        loss=cfg.loss,
+        prime=PrimeConfig(beta=cfg.prime.beta),
+        teacher=cfg.teacher,
+        preference=cfg.preference,
     )
 
 

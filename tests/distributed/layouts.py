@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megarl.config import ParallelConfig, load, save
 from megarl.verify.measure import Difference
-from megarl.verify.shrink import SmallLayout, as_truth, one_rank, small_recipe, write_small_model
+from megarl.verify.shrink import SmallLayout, as_truth, one_rank, small_recipe, write_models
 from tests.distributed import verify_cases
 from tests.distributed.ranks import RankPool
 from tests.public_models import DEEPSEEK_V3, QWEN2_05B, QWEN3_30B_A3B
@@ -156,7 +156,7 @@ def prepare(ranks: RankPool, model: str, folder: Path) -> None:
     (folder / "recipe.yaml").write_text(RECIPE.format(algorithm="ppo" if values else "grpo", mode=mode))
     (folder / "data.jsonl").touch()
     cfg = load([str(folder / "recipe.yaml")], check_model=False)
-    write_small_model(MODELS[model], _layout(tp=2).sizes, folder, seed=0)
+    write_models(MODELS[model], _layout(tp=2).sizes, folder, seed=0)
     for name, layout in LAYOUTS[model].items():
         small = small_recipe(cfg, layout.sizes, folder, "cpu")
         tokens = layout.tokens // layout.sizes.parallel.context_parallel_size
