@@ -124,6 +124,7 @@ def _laid_end_to_end(samples: list[Sample], entropies: list[Tensor], device: tor
         sequence=torch.cat([torch.full((size,), i) for i, size in enumerate(sizes)]).to(device),
         weights=mask.float(),
         count=int(mask.sum()),
+        fresh=mask,
         advantages=laid_advantages,
         rollout_logps=laid([sample.rollout_logps for sample in samples]),
         old_logps=laid([sample.old_logps for sample in samples]),
