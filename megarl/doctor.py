@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megarl import __version__, pins
+from megarl.sandbox import SandboxError, run
 
 # package -> (module to look for, what its absence switches off)
 ESSENTIAL = {
@@ -57,7 +58,7 @@ class Finding:
 def run_doctor() -> int:
     """Print the findings; 0 when training can run, 1 when it cannot."""
     versions = installed_versions()
-    findings = packages(versions) + devices("torch" in versions)
+    findings = packages(versions) + devices("torch" in versions) + [sandbox()]
     console = Console()
     table = Table(title=f"megarl {__version__} on Python {platform.python_version()}, {platform.platform(terse=True)}")
     for column in ("", "what", "found", "without it"):
@@ -135,6 +136,16 @@ def devices(has_torch: bool) -> list[Finding]:
         Finding("NCCL", nccl, "" if cuda and has_nccl else "collectives on GPUs"),
         Finding("gloo", "yes" if has_gloo else "no", "" if has_gloo else "collectives on CPU", essential=not cuda),
     ]
+
+
+def sandbox() -> Finding:
+    """Whether programs can be run apart from all else, by running one."""
+    try:
+        run("")
+    except SandboxError as error:
+        loss = "the reward `code` and the environment `python`, but with isolation: rlimits"
+        return Finding("sandbox", str(error), loss)
+    return Finding("sandbox", "namespaces, and no network in them")
 
 
 def known_combinations(versions: dict[str, str]) -> Table:

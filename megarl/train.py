@@ -36,6 +36,7 @@ def run(cfg: Config) -> int:
     from megarl.checkpoint.folder import Broken
     from megarl.checkpoint.resume import find
     from megarl.data.reading import DataError
+    from megarl.environments.making import EnvironmentProblem
     from megarl.losses.mismatch import MismatchError
     from megarl.model.engine import NonFiniteError
     from megarl.observe.lock import FolderInUse
@@ -49,7 +50,7 @@ def run(cfg: Config) -> int:
 
     # What their sentences say is all there is to say: a traceback would only bury it.
     told: tuple[type[BaseException], ...] = (DataError, CheckpointError, RewardError, MismatchError, NonFiniteError)
-    told += (EmptyStepError, RolloutError, FolderInUse, Broken)
+    told += (EmptyStepError, RolloutError, EnvironmentProblem, FolderInUse, Broken)
     die_with_parent()
     try:
         mesh = build_mesh(cfg)

@@ -230,6 +230,7 @@ def test_learning_rate_that_is_none(recipe: Callable[..., Path], value: str) -> 
 GPUS, TP, PP = "cluster.gpus_per_node", "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
 FIRST = "parallel.num_layers_in_first_pipeline_stage"
 ROLLOUT_TP = "rollout.tensor_parallel_size"
+TIS, OVERSAMPLE = "loss.truncated_importance_sampling_type", "rollout.oversample"
 BATCH, GROUP = "train.train_global_batch_size", "rollout.num_generations_per_prompt"
 
 
@@ -283,6 +284,31 @@ BATCH, GROUP = "train.train_global_batch_size", "rollout.num_generations_per_pro
         ({"reward.functions": "[{name: math}, {name: math}]"}, "math more than once"),
         ({"reward.functions": "[{name: math, domains: [a]}]"}, "but reward.domain_key names no field"),
         ({"reward.domain_key": "kind"}, "reward.domain_key = kind does nothing"),
+        (
+            {OVERSAMPLE: 0.5},
+            "has to correct for: set loss.truncated_importance_sampling_type, or loss.use_rollout_logps",
+        ),
+        ({OVERSAMPLE: 0.5, TIS: "tis", "rollout.dynamic_sampling": True}, "needs rollout.dynamic_sampling_refill=true"),
+        ({OVERSAMPLE: 0.5, TIS: "tis", "rollout.mode": "remote"}, "servers have rollout.max_staleness"),
+        ({OVERSAMPLE: 0.5, TIS: "tis", "algorithm": "remax"}, "is not for algorithm = remax"),
+        ({"rollout.dynamic_sampling_refill": True}, "goes with rollout.dynamic_sampling=true"),
+        (
+            {"rollout.environment": "calculater"},
+            "rollout.environment = 'calculater' is not one; did you mean calculator?",
+        ),
+        (
+            {"rollout.max_turns": 3},
+            "rollout.max_turns would do nothing: rollout.environment = single_turn has one turn",
+        ),
+        (
+            {"rollout.environment": "grid", "rollout.turn_timeout_s": 0},
+            "rollout.turn_timeout_s = 0.0 is outside (0, inf)",
+        ),
+        ({"rollout.environment": "grid", "algorithm": "sft"}, "rollout.environment = grid would do nothing: algorithm"),
+        (
+            {"rollout.environment": "grid", "rollout.router_replay": True},
+            "rollout.router_replay is of responses in one go",
+        ),
         (
             {"model.recompute_granularity": "full", "model.recompute_method": "uniform"},
             "model.recompute_granularity = full needs model.recompute_num_layers",

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from megarl import doctor, pins
+from megarl.sandbox import SandboxError, run
 
 ROOT = Path(__file__).parents[1]
 
@@ -86,3 +87,14 @@ def test_every_imported_package_is_required() -> None:
             tops = {name.partition(".")[0] for name in names} - sys.stdlib_module_names - {"megarl"}
             wrong += [f"{path.relative_to(ROOT)}: {top}" for top in tops if package.get(top, top) not in listed]
     assert not wrong, f"not in pins.py: {wrong}"
+
+
+def test_the_sandbox_is_tried() -> None:
+    """What it says is what a program that is run says."""
+    found = doctor.sandbox()
+    try:
+        works = run("print(1)").stdout == "1\n"
+    except SandboxError as error:
+        works = False
+        assert found.found == str(error)
+    assert works == (found.missing == "")

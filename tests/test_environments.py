@@ -16,11 +16,12 @@ from megarl.data.grid import main, parse, problems, shortest
 from megarl.data.prompts import Prompt
 from megarl.data.reading import RecordError
 from megarl.data.records import Sample
-from megarl.environments import ENVIRONMENTS, EnvironmentProblem, make
+from megarl.environments import ENVIRONMENTS
 from megarl.environments.bm25 import Document, Index
 from megarl.environments.dialogue import Dialogue
 from megarl.environments.episode import EpisodeLimits
 from megarl.environments.grid import World
+from megarl.environments.making import EnvironmentProblem, make
 from megarl.rewards.countdown import countdown_reward
 from megarl.rewards.measure import measure_reward
 from megarl.rollout.conversation import AsyncEngine, Completion, Transcript
@@ -116,9 +117,9 @@ def test_plain_text_with_a_token_that_ends_turns() -> None:
     engine = Scripted("7*6=", "42")
     sample = talk("calculator", engine, prompt("?"), PLAIN, pattern=r"([0-9*]+)=", reply="{result};", stop=["="])
     assert pieces(sample) == [("7*6=", True), ("42;", False), ("42<|im_end|>", True)]
-    with pytest.raises(ValueError, match="'==' is 2 tokens"):
+    with pytest.raises(EnvironmentProblem, match="'==' is 2 tokens"):
         make("calculator", {"stop": ["=="]}, PLAIN, NO_LIMITS)
-    with pytest.raises(ValueError, match="needs one group"):
+    with pytest.raises(EnvironmentProblem, match="needs one group"):
         make("calculator", {"pattern": "x"}, PLAIN, NO_LIMITS)
 
 

@@ -49,7 +49,9 @@ class Parts:
     def each_step(self, **more: Engine | Stateful) -> Iterator[int]:
         """The steps that are left, once what the run resumes from is loaded and vLLM has the policy's weights, which a
         new run validates if that is asked for. ``more`` are parts of the loop's own that a checkpoint keeps."""
-        shared = {"policy": self.policy, "stream": self.stream, "kl": self.kl}
+        shared: dict[str, Engine | Stateful] = {"policy": self.policy, "stream": self.stream, "kl": self.kl}
+        if isinstance(self.sampler, Sampler) and self.sampler.surplus:
+            shared["surplus"] = self.sampler.surplus
         self.checkpoints = Checkpoints(self.cfg, self.run, self.mesh, **shared, **more)
         with self.run.phase("load"):
             start = self.checkpoints.resume()
@@ -145,7 +147,7 @@ def sampler_of(
     """Engines in these processes, or servers elsewhere."""
     if cfg.rollout.mode == "remote":
         return RemoteSampler(cfg, mesh, tokenizer, run.phases, prompts)
-    return Sampler(cfg, mesh, tokenizer, run.phases)
+    return Sampler(cfg, mesh, tokenizer, run.phases, prompts.items)
 
 
 def number_of_steps(cfg: Config, num_prompts: int) -> tuple[int, int]:

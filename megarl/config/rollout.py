@@ -30,8 +30,12 @@ class RolloutConfig:
     """Leave out groups with a lower mean reward too: too hard (PRIME takes 0.2); null leaves out none."""
     dynamic_sampling_max_reward: float | None = None
     """Leave out groups with a higher mean reward too: too easy (PRIME takes 0.8); null leaves out none."""
+    dynamic_sampling_refill: bool = False
+    """Begin another prompt for every group that is left out at once, and not when a whole draw has been sampled."""
+    oversample: float = 0.0
+    """Groups under way beyond a step's, as a share of these: a step ends without the slowest, which go on."""
     max_response_length: int = 1024
-    """Longest response in tokens."""
+    """Longest response in tokens, those that an environment puts into it included."""
     response_length_stages: list[ResponseLengthConfig] = field(default_factory=list)
     """Shorter limits for the first steps, each longer than the last, up to `max_response_length` (DeepScaleR)."""
     temperature: float = 1.0
@@ -63,6 +67,18 @@ class RolloutConfig:
     """Number format of vLLM's weights; null means `model.dtype`."""
     quantization: Literal["fp8_per_tensor", "fp8_per_channel", "fp8_per_block"] | None = None
     """Let vLLM quantise the weights, at its start and at every push; null leaves them as they are."""
+    environment: str = "single_turn"
+    """What the policy talks with: single_turn, calculator, python, search, countdown, grid, or package.module:f."""
+    environment_args: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments for the environment."""
+    observation_role: str = "user"
+    """Role of the messages that an environment puts between turns, where prompts have a chat template."""
+    max_turns: int = 8
+    """Most turns of a conversation."""
+    turn_timeout_s: float | None = None
+    """Seconds that a turn may take, generation and tools together; then the conversation ends; null is no limit."""
+    episode_timeout_s: float | None = None
+    """Seconds that a whole conversation may take; then it ends; null is no limit."""
     router_replay: bool = False
     """Send the policy's tokens to the experts that vLLM sent them to, not to those of its own routers (2510.11370)."""
     mode: Literal["colocated", "remote"] = "colocated"

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
-from yarl import URL
 
 from megarl.rewards import RewardError
 
@@ -60,10 +60,10 @@ class Service:
     concurrency: int = 8
 
     def __post_init__(self) -> None:
-        url = URL(self.url)
-        if url.scheme not in ("http", "https") or not url.host:
+        url = urlsplit(self.url)
+        if url.scheme not in ("http", "https") or not url.hostname:
             raise RewardError(f"url = {self.url!r} is not http://... or https://...")
-        if url.user or url.password:
+        if url.username or url.password:
             raise RewardError("a url with a user or password would be logged: name a variable in token_env instead")
         low = {"timeout_s": self.timeout_s, "total_timeout_s": self.total_timeout_s}
         low |= {"max_response_bytes": self.max_response_bytes, "concurrency": self.concurrency}

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from megarl.config import Config
 from megarl.data.prompts import Prompt, PromptStream
 from megarl.data.records import Sample
+from megarl.environments.making import conversation_of
 from megarl.model.family import read_spec
 from megarl.model.flops import ModelFlops
 from megarl.observe.timers import Phases
@@ -31,7 +32,7 @@ from megarl.parallel.mesh import Mesh
 from megarl.rewards.runner import RewardResult
 from megarl.rollout.auth import token_of
 from megarl.rollout.client import Bound, Client
-from megarl.rollout.conversation import Sampling, single_turn
+from megarl.rollout.conversation import Sampling
 from megarl.rollout.remote import RemoteEngines, RemoteError, Sender
 from megarl.rollout.sampler import Draw
 from megarl.rollout.scoring import Scorer
@@ -81,6 +82,7 @@ class Driver:
         r = cfg.rollout
         self.cfg = cfg
         self.share = (mesh.dp_rank, mesh.dp_size)
+        self.conversation = conversation_of(cfg, tokenizer)
         self.scorer = Scorer(cfg.reward, tokenizer)
         self.loop = Loop("megarl-rollout")
         token = token_of(engines_folder(cfg))
@@ -105,7 +107,7 @@ class Driver:
 
         async def converse(index: int) -> Sample:
             async with self.room:
-                return replace(await single_turn(engine, prompt), index=index)
+                return replace(await self.conversation(engine, prompt), index=index)
 
         samples = list(await asyncio.gather(*(converse(index) for index in range(sampling.n))))
         return Group(prompt, samples, await self.scorer.score(prompt, samples))

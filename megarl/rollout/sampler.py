@@ -4,6 +4,7 @@ What comes of it is a `megarl.rollout.table.Rollout`."""
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -12,12 +13,17 @@ from transformers import PreTrainedTokenizerBase
 from megarl.config import Config
 from megarl.data.prompts import Prompt
 from megarl.data.records import Sample
+from megarl.environments import SINGLE_TURN
+from megarl.environments.making import conversation_of
 from megarl.model.family import read_spec
 from megarl.model.flops import ModelFlops
 from megarl.observe.timers import Phases
 from megarl.parallel.mesh import Mesh
 from megarl.rewards.runner import RewardWorkers
-from megarl.rollout.conversation import Completion, Transcript
+from megarl.rollout.conversation import Completion, Transcript, single_turn
+from megarl.rollout.local import Batch, Talks
+from megarl.rollout.scoring import Scorer
+from megarl.rollout.surplus import Surplus
 from megarl.rollout.table import (
     Rollout,
     Row,
@@ -45,10 +51,20 @@ class Sampler:
     The engine holds the device's memory from a push to the end of the next rollout, and sleeps while the trainer works.
     """
 
-    def __init__(self, cfg: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerBase, phases: Phases) -> None:
+    def __init__(
+        self,
+        cfg: Config,
+        mesh: Mesh,
+        tokenizer: PreTrainedTokenizerBase,
+        phases: Phases,
+        prompts: Sequence[Prompt] = (),
+    ) -> None:
         """Start the engines with the weights of ``cfg.model.path``; they sleep until the first `push`.
 
         Build the sampler before the trainer: vLLM measures the memory that is free.
+
+        Args:
+            prompts: all that are drawn from, where groups may go on from step to step.
         """
         self.cfg = cfg
         self.mesh = mesh
@@ -67,7 +83,18 @@ class Sampler:
         self.engine.sleep()
         self.flops = ModelFlops.of(read_spec(cfg.model.path))
         self.leads = mesh.rank % cfg.rollout.tensor_parallel_size == 0
-        self.rewards = RewardWorkers(cfg.reward) if self.leads else None
+        self.rewards: RewardWorkers | None = None
+        self.talks: Talks | None = None
+        self.surplus: Surplus | None = None
+        goes_on = cfg.rollout.oversample > 0 or cfg.rollout.dynamic_sampling_refill
+        if cfg.rollout.environment == SINGLE_TURN and not goes_on:
+            self.rewards = RewardWorkers(cfg.reward) if self.leads else None
+        else:
+            conversation = conversation_of(cfg, tokenizer) if self.leads else single_turn
+            scorer = Scorer(cfg.reward, tokenizer) if self.leads else None
+            abort = cfg.reward.on_error == "abort"
+            self.talks = Talks(self.engine, conversation, scorer, abort, cfg.rollout.seed_per_request)
+            self.surplus = Surplus(cfg, mesh, self.talks, prompts) if goes_on else None
 
     def rollout(self, draw: Draw, step: int) -> Rollout:
         """Sample and score a step's prompts. Raises EmptyStepError if no group could be scored whole, or
@@ -78,7 +105,12 @@ class Sampler:
             prompts = draw(self.cfg.rollout.num_prompts_per_step)
             return self._sample(prompts, sampling, step, attempt)
 
-        rollout = enough_groups(self.cfg, batch)
+        if self.surplus:
+            with self.phases("generate"):
+                seed = seed_of(self.cfg.run.seed, step, 0, "talks", self._seeded_by)
+                rollout = self.surplus.rollout(draw, sampling, seed, self.flops)
+        else:
+            rollout = enough_groups(self.cfg, batch)
         self.engine.sleep()
         return rollout
 
@@ -102,21 +134,36 @@ class Sampler:
     def update(self, weights: WeightStream, version: int) -> None:
         """Give the engines the policy's weights, which have had ``version`` updates."""
         push(weights, self.engine, verify=self.cfg.weight_sync.verify)
+        if self.talks:
+            self.talks.version = version
 
     def close(self) -> None:
         if self.rewards:
             self.rewards.close()
+        if self.talks:
+            self.talks.close()
         self.engine.close()
+
+    @property
+    def _seeded_by(self) -> int:
+        """The engine, where samples have no generators of their own."""
+        return 0 if self.cfg.rollout.seed_per_request else self.engine.replica
 
     def _sample(self, prompts: list[Prompt], sampling: Sampling, step: int, attempt: int = 0) -> Rollout:
         share = range(self.engine.replica, len(prompts), self.engine.num_replicas)
         seed = self.cfg.run.seed, step, attempt
+        if self.talks:
+            with self.phases("generate"):  # rewards too, meanwhile
+                mine = deque((i, prompts[i]) for i in share)
+                own = seed_of(*seed, "talks", self._seeded_by)
+                scored = Batch(self.talks).run(mine, sampling, own, want=len(mine)) if mine else []
+                return tabulate(scored, self.mesh, sampling.max_tokens, self.flops)
         with self.phases("generate"):
             tokens = [prompts[i].tokens for i in share]
-            own: int | list[int] = seed_of(*seed, "engine", self.engine.replica)
+            seeds: int | list[int] = seed_of(*seed, "engine", self.engine.replica)
             if self.cfg.rollout.seed_per_request:
-                own = [seed_of(*seed, prompts[i].id, i) for i in share]
-            completions = self.engine.generate(tokens, sampling, own) if tokens else []
+                seeds = [seed_of(*seed, prompts[i].id, i) for i in share]
+            completions = self.engine.generate(tokens, sampling, seeds) if tokens else []
         groups = [single_turns(prompts[i], group) for i, group in zip(share, completions, strict=True)]
         with self.phases("reward"):
             scored = self._scored(prompts, dict(zip(share, groups, strict=True))) if self.leads else []

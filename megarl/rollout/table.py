@@ -67,6 +67,7 @@ class Rollout:
     flops: ModelFlops = field(repr=False)  # of the model that trains on it
     num_gen_batches: int = 1  # how often prompts were drawn and sampled for it
     beside: dict[str, float] = field(default_factory=dict)  # numbers of the engines that it came from
+    ages: bool = False  # whether samples may be of older weights
 
     @property
     def rewards(self) -> Tensor:
@@ -96,11 +97,7 @@ class Rollout:
 
     def mixed(self, low: float | None = None, high: float | None = None) -> Rollout:
         """The groups whose rewards are not all equal (DAPO, 2503.14476, eq. 11), and whose mean is within bounds."""
-        keep = keep_mixed(self.rewards, self.groups)
-        if low is not None or high is not None:
-            bounds = -math.inf if low is None else low, math.inf if high is None else high
-            keep &= keep_between(self.rewards, self.groups, *bounds)
-        kept = keep.tolist()
+        kept = mixed(self.rewards, self.groups, low, high).tolist()
         return self.only({row.prompt for row, keep in zip(self.rows, kept, strict=True) if keep})
 
     @staticmethod
@@ -164,7 +161,7 @@ class Rollout:
         }
         if self.num_gen_batches > 1:
             out["dynamic_sampling/num_gen_batches"] = float(self.num_gen_batches)
-        if self.beside:
+        if self.beside or self.ages:
             out |= self.beside | self._staleness()
         parts = means([row.result.parts for row in self.rows])
         return out | {f"reward/{name}": value for name, value in parts.items()} | self._measured()
@@ -193,6 +190,14 @@ class Rollout:
             "staleness/max": float(max(row.staleness[1] for row in self.rows)),
             "frac_mixed_version": sum(row.staleness[1] > row.staleness[2] for row in self.rows) / len(self.rows),
         }
+
+
+def mixed(rewards: Tensor, groups: Tensor, low: float | None, high: float | None) -> Tensor:
+    """[N] bool: samples of groups whose rewards are not all equal, and whose mean is within bounds."""
+    keep = keep_mixed(rewards, groups)
+    if low is not None or high is not None:
+        keep &= keep_between(rewards, groups, -math.inf if low is None else low, math.inf if high is None else high)
+    return keep
 
 
 def means(rows: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -295,13 +300,19 @@ def enough_groups(cfg: Config, batch: Callable[[int], Rollout]) -> Rollout:
         if sum(len(part.prompts) for part in parts) >= r.num_prompts_per_step:
             break
     rollout = Rollout.joined(parts)
-    if not rollout.rows:
-        sampled = r.num_prompts_per_step * len(parts)
-        text = f"none of {sampled} prompts has samples of different rewards; nothing can be learnt"
-        failed = f" {len(rollout.errors)} rewards failed, first: {rollout.errors[0]}" if rollout.errors else ""
-        why = f"are the prompts far too hard, or far too easy?{failed}"
-        raise EmptyStepError(f"{text} (rollout.dynamic_sampling): {why}")
+    rollout = learnable(rollout, r.num_prompts_per_step * len(parts))
     return rollout.only(set(rollout.prompts[: r.num_prompts_per_step]))
+
+
+def learnable(rollout: Rollout, sampled: int) -> Rollout:
+    """The rollout of `rollout.dynamic_sampling`. Raises EmptyStepError where none of the groups of ``sampled`` prompts
+    is left."""
+    if rollout.rows:
+        return rollout
+    text = f"none of {sampled} prompts has samples of different rewards; nothing can be learnt"
+    failed = f" {len(rollout.errors)} rewards failed, first: {rollout.errors[0]}" if rollout.errors else ""
+    why = f"are the prompts far too hard, or far too easy?{failed}"
+    raise EmptyStepError(f"{text} (rollout.dynamic_sampling): {why}")
 
 
 def with_greedy(rollout: Rollout, greedy: Rollout) -> tuple[Rollout, Rollout]:

@@ -17,6 +17,7 @@ Contract
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -34,6 +35,7 @@ from megarl.rollout.conversation import Completion, Sampling
 from megarl.rollout.router_replay import Recorder, compact, replay_arguments
 from megarl.rollout.vllm_config import DTYPES, missing_cpu_kernel, missing_cpu_quantization, model_arguments
 from megarl.rollout.vllm_process import SharedProcess, leave_process_groups, set_environment
+from megarl.rollout.vllm_session import Session
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -168,19 +170,32 @@ class VLLMEngine:
         treat batches of different sizes differently. Sample k has the seed + k: leave as much room between seeds.
         """
         self._refuse_unless_ready()
-        self._refuse_bad_prompts(prompts)
+        self.refuse_bad_prompts(prompts)
+        seeds = [None] * len(prompts) if isinstance(seed, int) else list(seed)
+        with self._afresh(seed if isinstance(seed, int) else None):
+            outputs = self._run(prompts, [_sampling_params(sampling, own) for own in seeds])
+        # vLLM refuses n > 1 at temperature 0, where all n are equal anyway.
+        copies = sampling.n if sampling.temperature == 0 else 1
+        return [_completions(outputs[index], self._spec) * copies for index in range(len(prompts))]
+
+    @contextlib.contextmanager
+    def session(self, seed: int) -> Iterator[Session]:
+        """For requests that come and go while others are generated (`megarl.rollout.vllm_session`). ``seed``: of those
+        that have none of their own."""
+        self._refuse_unless_ready()
+        with self._afresh(seed):
+            yield Session(self._engine, _sampling_params, lambda output: _completions(output, self._spec)[0])
+
+    @contextlib.contextmanager
+    def _afresh(self, seed: int | None) -> Iterator[None]:
         with self._process.vllm():
-            seeds = [None] * len(prompts) if isinstance(seed, int) else list(seed)
-            if isinstance(seed, int):
+            if seed is not None:
                 # vLLM draws from torch's default generators (V1 model runner) or from numpy's (V2).
                 torch.manual_seed(seed)
                 np.random.seed(seed % 2**32)
             # A prefix computed in an earlier call is split into other kernels than a fresh one: not bitwise the same.
             self._engine.reset_prefix_cache()
-            outputs = self._run(prompts, [_sampling_params(sampling, own) for own in seeds])
-        # vLLM refuses n > 1 at temperature 0, where all n are equal anyway.
-        copies = sampling.n if sampling.temperature == 0 else 1
-        return [_completions(outputs[index], self._spec) * copies for index in range(len(prompts))]
+            yield
 
     def _run(self, prompts: Sequence[Sequence[int]], params: Sequence[SamplingParams]) -> dict[int, RequestOutput]:
         from vllm import RequestOutput, TokensPrompt
@@ -204,8 +219,9 @@ class VLLMEngine:
                 "the engine has no usable weights (sleep level 2 dropped them, or a load failed): call load_weights()"
             )
 
-    def _refuse_bad_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
-        # Checked before the first request is queued: an error in the middle would leave the others in the scheduler.
+    def refuse_bad_prompts(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Raise RolloutError for prompts that vLLM could not take. Before the first request is queued: an error in the
+        middle would leave the others in the scheduler."""
         for index, prompt in enumerate(prompts):
             if not 0 < len(prompt) < self._max_model_len:
                 raise RolloutError(
