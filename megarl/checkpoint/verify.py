@@ -45,6 +45,9 @@ def verify(cfg: Config, steps: int, max_ranks: int = 8) -> int:
     if steps < 2:
         print(f"megarl verify-resume: --steps {steps} leaves nothing before or after the stop", file=sys.stderr)
         return 2
+    if cfg.rollout.mode == "remote":
+        print("megarl verify-resume: rollout.mode=remote: what servers sample depends on when they do", file=sys.stderr)
+        return 2
     try:
         source = Path(cfg.model.path)
         hf = json.loads((source / "config.json").read_text())
