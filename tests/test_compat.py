@@ -22,6 +22,7 @@ GATES = [
     "test_routing_ranks.py",
     "test_training_ranks.py",
     "test_mcore_reads.py",
+    "test_core_keys.py",
 ]
 HERE = Path(__file__).parent
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -85,14 +86,24 @@ def flip(path: Path, byte: int, bit: int = 0) -> None:
     path.write_bytes(data)
 
 
-def test_stacked_layers_are_the_default_where_all_are_alike(tmp_path: Path) -> None:
-    make_hf(tmp_path / "mixtral", "mixtral")
-    assert convert("hf2mcore", tmp_path / "mixtral", tmp_path / "m") == 0
-    keys = TorchDistReader(tmp_path / "m").keys()
-    assert keys["decoder.layers.mlp.experts.experts.linear_fc1.weight"][0] == (3, 4, 96, 32)
-    make_hf(tmp_path / "dense_first", "deepseek_v2")
-    assert convert("hf2mcore", tmp_path / "dense_first", tmp_path / "n") == 0
-    assert "decoder.layers.0.mlp.linear_fc1.weight" in TorchDistReader(tmp_path / "n").keys()
+def test_keys_of_layers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Stacked for dense models; numbered for those with experts, which any ``moe_layer_freq`` reads."""
+    fc1 = "mlp.experts.experts.linear_fc1.weight"
+    for family, options, expected in (
+        ("llama", (), {"decoder.layers.mlp.linear_fc1.weight": (3, 96, 32)}),
+        ("llama", ("--per-layer-keys",), {"decoder.layers.0.mlp.linear_fc1.weight": (96, 32)}),
+        ("mixtral", (), {f"decoder.layers.2.{fc1}": (4, 96, 32)}),
+        ("mixtral", ("--stacked-keys",), {f"decoder.layers.{fc1}": (3, 4, 96, 32)}),
+        ("deepseek_v2", (), {"decoder.layers.0.mlp.linear_fc1.weight": (96, 32)}),
+    ):
+        folder = tmp_path / f"{family}{len(options)}"
+        assert_same(load_hf(make_hf(folder / "hf", family)), there_and_back(folder / "hf", folder, options))
+        reader = TorchDistReader(folder / "megatron")
+        assert expected.items() <= {key: shape for key, (shape, _) in reader.keys().items()}.items()
+        numbered = any(re.match(r"decoder\.layers\.\d", key) for key in expected)
+        assert reader.common()["content_metadata"]["non_homogeneous_layers"] == numbered
+    assert convert("hf2mcore", tmp_path / "deepseek_v20" / "hf", tmp_path / "n", "--stacked-keys") == 2
+    assert "layers of several kinds cannot be stacked" in capsys.readouterr().err
 
 
 def test_vocabulary_padding(tmp_path: Path) -> None:

@@ -44,7 +44,9 @@ def _hf2mcore_arguments(sub: argparse.ArgumentParser) -> None:
     _add_common(sub, "Hugging Face directory", "folder to be; the checkpoint is release/ in it")
     sub.add_argument("--iteration", type=int, help="write iter_NNNNNNN/ instead of release/")
     sub.add_argument("--layers", choices=("te", "local"), default="te", help="whose names: Transformer Engine's layers")
-    sub.add_argument("--per-layer-keys", action="store_true", help="a key for each layer, also where all are alike")
+    keys = sub.add_mutually_exclusive_group()
+    keys.add_argument("--per-layer-keys", action="store_true", help="a key for each layer, also of a dense model")
+    keys.add_argument("--stacked-keys", action="store_true", help="one for all layers, also of a model with experts")
     sub.add_argument("--core-version", type=_core_version, default=(0, 16), help="megatron-core that is to read it")
     sub.add_argument("--make-vocab-size-divisible-by", type=int, help="times the TP size, the vocabulary's multiple")
     sub.add_argument("--target-tensor-parallel-size", type=int, default=1, help="TP that the vocabulary is padded for")
@@ -124,7 +126,7 @@ def hf2mcore(args: argparse.Namespace) -> int:
         dtype=_dtype(args.dtype),
         keep_mtp=args.mtp == "keep",
         flavour=args.layers,
-        stacked=False if args.per_layer_keys else None,
+        stacked=args.stacked_keys or (False if args.per_layer_keys else None),
         core_version=args.core_version,
         vocab_multiple=divisor * args.target_tensor_parallel_size,
         iteration=args.iteration,

@@ -58,14 +58,14 @@ from megarl.weights.hf_files import CheckpointError, carried_files, read_json
 from megarl.weights.rules import CanonTensor, Shard
 from megarl.weights.shard import VOCAB_MULTIPLE
 
-_RENAMED_MTP = (0, 17)  # from this megatron-core on the layer within an MTP layer is called mtp_model_layer
-
 
 @dataclass(frozen=True)
 class ToMegatron:
     """What to write, and how it is laid out and named: see `megarl.convert.torch_dist_names`.
 
-    ``stacked`` None stacks layers where they are all alike. ``core_version`` is the megatron-core that will read it.
+    ``stacked`` None stacks the layers of dense models. Those of a model with experts megatron-core stacks too where its
+    ``moe_layer_freq`` is the number 1, but not where it is a list; numbered keys can be read either way, because
+    ``content_metadata`` says that the layers are numbered. ``core_version`` is the megatron-core that will read it.
     """
 
     source: Path
@@ -88,9 +88,8 @@ class ToMegatron:
         """Raises TargetError where the layers cannot be stacked."""
         if self.stacked and not homogeneous(spec):
             raise TargetError(f"{self.source}: layers of several kinds cannot be stacked")
-        stacked = homogeneous(spec) if self.stacked is None else self.stacked
-        mtp_layer = "mtp_model_layer." if self.core_version >= _RENAMED_MTP else "transformer_layer."
-        return StoredNames(spec, flavour=self.flavour, stacked=stacked, mtp_layer=mtp_layer)
+        stacked = spec.moe is None if self.stacked is None else self.stacked
+        return StoredNames(spec, flavour=self.flavour, stacked=stacked)
 
     @property
     def folder(self) -> Path:

@@ -59,7 +59,9 @@ class StoredNames:
         stacked: layers along an axis; only where all decoder layers are of one kind.
         separate: each expert, and gate and up of every gated layer, under a key of its own
             (``singleton_local_shards`` of megatron-core up to 0.18).
-        mtp_layer: what a multi-token-prediction layer calls the decoder layer in it.
+        mtp_layer: what a multi-token-prediction layer calls the decoder layer in it. Megatron-core renamed the module
+            to ``mtp_model_layer`` in 0.17, and writes and reads GPT models' checkpoints under the older name (0.16.1 to
+            0.19.2); by the newer one they are read only.
         prefix: what comes before every key, such as ``model.`` (megatron itself has none).
     """
 

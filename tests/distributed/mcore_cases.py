@@ -1,4 +1,4 @@
-"""megatron-core itself reads what `TorchDistWriter` wrote, and writes what `TorchDistReader` will read.
+"""megatron-core itself reads what `megarl convert` wrote, and writes what it will read.
 
 Under torchrun with 4 ranks: ``mcore_cases.py <scratch folder>``. The models are plain GPTModels of megatron's local
 layers, not megarl's own. Every tensor's numbers follow from its canonical name, so that no rank needs another's.
@@ -136,7 +136,9 @@ def read_with_megatron(folder: Path, spec: ModelSpec, dtype: torch.dtype, stacke
             compared += 1
         assert compared and loaded["iteration"] == 7, (folder.name, layout, loaded.keys())
         if dist.get_rank() == 0:
-            print(f"read {folder.name} at TP, PP, EP {layout}: {compared} parameters of rank 0 equal", flush=True)
+            print(
+                f"read {folder.parent.name} at TP, PP, EP {layout}: {compared} parameters of rank 0 equal", flush=True
+            )
 
 
 def write_with_megatron(folder: Path, spec: ModelSpec, layout: tuple[int, int, int], stacked: bool) -> None:

@@ -1,4 +1,4 @@
-"""megatron-core's own dist_checkpointing, in real ranks, against our reader and writer: bitwise in both directions.
+"""megatron-core's own dist_checkpointing, in real ranks, against `megarl convert`: bitwise in both directions.
 
 ``megarl/convert`` imports no megatron and starts no process group, so this is where the format itself is proven. The
 ranks run under torchrun, because saving starts processes, which those of a pool may not. With another megatron-core
@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,40 +20,56 @@ from typing import Any
 import pytest
 import torch
 
+from megarl.cli import main
+from megarl.convert import hf2mcore
 from megarl.convert.inert_pickle import Record
-from megarl.convert.torch_dist_names import StoredNames, detect, master_keys
+from megarl.convert.torch_dist_names import StoredNames, detect
 from megarl.convert.torch_dist_reader import TorchDistReader
-from megarl.convert.torch_dist_writer import StoredTensor, TorchDistWriter, row_chunks
-from megarl.model.family import ModelSpec, read_spec
-from megarl.weights.rules import Shard
-from megarl.weights.shard import padded_vocab
+from megarl.model.family import read_spec
+from megarl.weights.shard import row_segments
+from tests.convert_cases import assert_same, load_hf, save_hf
 from tests.distributed.mcore_cases import MASTER_SCALE, numbers
 
 SCRIPT = Path(__file__).with_name("mcore_cases.py")
 ROOT = Path(__file__).parents[2]
-CORE = tuple(map(int, importlib.metadata.version("megatron-core").split(".")[:2]))
+CORE = importlib.metadata.version("megatron-core")
 CHANGES: dict[str, dict[str, Any]] = {"llama": {}, "qwen3_moe": {"mlp_only_layers": []}}
-SAVED_AT = {"llama": [(2, 2, 1), (1, 1, 1)], "qwen3_moe": [(2, 2, 1), (1, 1, 2)]}  # stacked; layer by layer
+# Layouts (TP, PP, EP) that megatron-core saves at; what it reads it reads at all of `mcore_cases.LAYOUTS`.
+SAVED_AT = {
+    "llama-stacked": [(1, 1, 1), (2, 2, 1)],
+    "llama-layers": [(2, 1, 1), (1, 4, 1)],
+    "qwen3_moe-stacked": [(1, 1, 2)],
+    "qwen3_moe-layers": [(2, 2, 1), (1, 1, 2)],
+}
 
 
-def write(folder: Path, spec: ModelSpec, names: StoredNames, core_version: tuple[int, int]) -> None:
-    """In chunks of few rows and in two files, the vocabulary padded as for TP 2."""
-    padded = padded_vocab(spec.vocab_size, 2)
-    declared = [StoredTensor(key, shape, torch.bfloat16) for key, shape in names.shapes(padded).items()]
-    writer = TorchDistWriter(folder, declared, names.extra_states())
-    files = [writer.chunk_file(0), writer.chunk_file(1)]
-    for count, tensor in enumerate(spec.tensors()):
+def hugging_face(config: Path, folder: Path) -> Path:
+    """A bf16 directory of a model whose canonical tensors are `numbers`, which the ranks know too."""
+    folder.mkdir()
+    shutil.copyfile(config / "config.json", folder / "config.json")
+    tensors: dict[str, torch.Tensor] = {}
+    for tensor in read_spec(folder).tensors():
         whole = numbers(tensor, torch.bfloat16)
-        if tensor.shard is Shard.VOCAB:
-            whole = torch.cat([whole, whole.new_zeros(padded - whole.shape[0], whole.shape[1])])
-        key, index = names.stored(tensor.name)
-        for rows in row_chunks(whole.shape[0], row_bytes=128, limit=7 * 128):
-            part = whole[rows]
-            offsets = (*index, rows.start, *[0] * (whole.dim() - 1))
-            files[count % 2].write(key, offsets, (*[1] * len(index), *part.shape), part)
-    writer.finish([file.finish() for file in files], {"iteration": 7, "checkpoint_version": 3.0}, core_version)
-    if core_version >= (0, 19):
+        for name, shape in tensor.hf_shapes().items():
+            tensors.setdefault(name, torch.empty(shape, dtype=whole.dtype))
+        for part in row_segments(tensor, 0, tensor.shape[0]):
+            part.view(tensors[part.hf]).copy_(whole[part.local_rows])
+    save_hf(folder, tensors)
+    return folder
+
+
+def hf2mcore_as(model: Path, target: Path, stacked: bool) -> Path:
+    """In chunks of few rows, the vocabulary padded as for TP 2."""
+    keys = "--stacked-keys" if stacked else "--per-layer-keys"
+    options = ["--layers", "local", keys, "--core-version", CORE, "--iteration", "7"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf2mcore, "CHUNK_BYTES", 7 * 128)
+        command = ["convert", "hf2mcore", str(model), str(target), *options, "--target-tensor-parallel-size", "2"]
+        assert main(command) == 0
+    folder = target / "iter_0000007"
+    if tuple(map(int, CORE.split(".")[:2])) >= (0, 19):
         (folder / "common.pt").unlink()  # what such a core reads is then the newer common state
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +78,15 @@ def scratch(tiny_hf: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
     scratch = tmp_path_factory.mktemp("mcore")
     jobs: list[dict[str, Any]] = []
     for family, changes in CHANGES.items():
-        model = tiny_hf(family, **changes)
-        for stacked, layout in zip((True, False), SAVED_AT[family], strict=True):
+        model = hugging_face(tiny_hf(family, **changes), scratch / f"hf-{family}")
+        for stacked in (True, False):
             common = {"model": str(model), "stacked": stacked}
             kind = f"{family}-{'stacked' if stacked else 'layers'}"
-            ours, core = scratch / f"ours-{kind}", scratch / f"core-{kind}"
-            write(ours, read_spec(model), StoredNames(read_spec(model), "local", stacked), CORE)
+            ours = hf2mcore_as(model, scratch / f"ours-{kind}", stacked)
             jobs.append(common | {"do": "read", "folder": str(ours), "dtype": "bfloat16", "strict": "raise_all"})
-            jobs.append(common | {"do": "write", "folder": str(core), "layout": layout})
+            for number, layout in enumerate(SAVED_AT[kind]):
+                core = scratch / f"core-{kind}-{number}"
+                jobs.append(common | {"do": "write", "folder": str(core), "layout": layout})
     (scratch / "jobs.json").write_text(json.dumps(jobs))
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
     environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
@@ -88,28 +106,24 @@ def test_megatron_reads_ours(scratch: Path, family: str, kind: str) -> None:
     layouts = ["1, 1, 1", "2, 1, 1", "2, 2, 1", "1, 4, 1"] + (["1, 1, 2"] if family == "qwen3_moe" else [])
     for layout in layouts:
         assert f"read ours-{family}-{kind} at TP, PP, EP ({layout})" in said
-    version = importlib.metadata.version("megatron-core")
-    assert f"all cases passed with megatron-core {version}" in said
+    assert f"all cases passed with megatron-core {CORE}" in said
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", ["stacked", "layers"])
-@pytest.mark.parametrize("family", CHANGES)
-def test_we_read_megatrons(scratch: Path, tiny_hf: Callable[..., Path], family: str, kind: str) -> None:
-    spec = read_spec(tiny_hf(family, **CHANGES[family]))
-    reader = TorchDistReader(scratch / f"core-{family}-{kind}")
-    reader.check(reader.keys())
+@pytest.mark.parametrize("kind, number", [(kind, k) for kind, layouts in SAVED_AT.items() for k in range(len(layouts))])
+def test_we_read_megatrons(scratch: Path, tmp_path: Path, kind: str, number: int) -> None:
+    """By the command: the model's weights, and the optimizer's fp32 ones, which bf16 could not hold."""
+    model, core = scratch / f"hf-{kind.partition('-')[0]}", scratch / f"core-{kind}-{number}"
+    weights = load_hf(model)
+    masters = {name: tensor.float() * MASTER_SCALE for name, tensor in weights.items()}
+    for wanted, options in ((weights, []), (masters, ["--from-master"])):
+        target = tmp_path / f"back{len(options)}"
+        assert main(["convert", "mcore2hf", str(core), str(target), "--config-from", str(model), *options]) == 0
+        assert_same(wanted, load_hf(target))
+    spec = read_spec(model)
+    reader = TorchDistReader(core)
     names = detect(spec, reader.keys(), reader.path)
-    names.check(reader.keys(), reader.path)
-    assert names.stacked == (kind == "stacked")
-    masters = master_keys(reader.keys())
-    for tensor in spec.tensors():
-        (place,) = names.places(tensor)
-        rows = slice(0, tensor.shape[0])  # without the vocabulary's padding
-        wanted = numbers(tensor, torch.bfloat16)
-        assert torch.equal(reader.read(place.key, place.index, rows), wanted), tensor.name
-        master = reader.read(masters[place.key], place.index, rows)
-        assert master.dtype == torch.float32 and torch.equal(master, wanted.float() * MASTER_SCALE), tensor.name
+    assert names.stacked == kind.endswith("stacked")
     common = reader.common()
     assert common["iteration"] == 9 and isinstance(common["args"], Record)
     assert common["args"].fields()["num_layers"] == spec.num_layers
