@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -63,6 +67,44 @@ def test_no_file_stays_open(tmp_path: Path) -> None:
     assert convert("verify", source, tmp_path / "second" / "megatron") == 0
     assert len(list((tmp_path / "second" / "back").glob("*.safetensors"))) > 20
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_extra_states_need_not_be_there(tmp_path: Path) -> None:
+    """A strict megatron-core asks for them, and so they are written; a checkpoint without them is as whole."""
+    source = make_hf(tmp_path / "source", "mixtral")
+    assert convert("hf2mcore", source, tmp_path / "megatron") == 0
+    path = tmp_path / "megatron" / "release" / ".metadata"
+    metadata = pickle.loads(path.read_bytes())
+    entries, storage = metadata.state_dict_metadata, metadata.storage_data
+    metadata.state_dict_metadata = {key: value for key, value in entries.items() if "_extra_state" not in key}
+    metadata.storage_data = {index: value for index, value in storage.items() if "_extra_state" not in index.fqn}
+    assert len(entries) > len(metadata.state_dict_metadata) == len(TorchDistReader(path.parent).keys())
+    path.write_bytes(pickle.dumps(metadata))
+    assert convert("mcore2hf", tmp_path / "megatron", tmp_path / "back") == 0
+    assert_same(load_hf(source), load_hf(tmp_path / "back"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("direction", ["hf2mcore", "mcore2hf"])
+def test_memory(direction: str, tmp_path: Path) -> None:
+    """1.7 GB of layers as wide as Llama-3-70B's: under 1 GB of memory that is not mapped files."""
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}
+    source = make_hf(tmp_path / "source", "llama", files=1, num_hidden_layers=1, vocab_size=256, **sizes)
+    start = source
+    if direction == "mcore2hf":
+        start = tmp_path / "megatron"
+        assert convert("hf2mcore", source, start) == 0
+    tool = Path(__file__).parents[1] / "tools" / "convert.py"
+    command = [sys.executable, str(tool), direction, str(start), str(tmp_path / "target")]
+    process = subprocess.Popen(command)
+    peak = 0
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        peak = max([peak, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))])
+        time.sleep(0.005)
+    assert process.returncode == 0 and 50_000 < peak < 1_000_000  # kB
+    print(f"{direction}: {peak / 1000:.0f} MB")
 
 
 def test_two_workers_write_the_same(tmp_path: Path) -> None:

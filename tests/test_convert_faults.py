@@ -115,7 +115,7 @@ HF_FAULTS: list[tuple[Callable[[Path], None], tuple[str, ...]]] = [
     (duplicated, (FILE, TENSOR)),
     (truncated, (FILE, "truncated")),
     (truncated_in_header, (FILE, "truncated")),
-    (file_missing, (FILE,)),
+    (file_missing, (FILE, "missing", "as the file of lm_head.weight")),
     (file_renamed, ("weights.safetensors",)),
     (damaged_index, ("model.safetensors.index.json",)),
     (damaged_config, ("config.json",)),

@@ -1,5 +1,5 @@
 """Model families. A family is one literal in one file under ``families/``: which HF architectures it serves, how their
-config.json reads, and the list of weight rules. Adding one is adding a file and its line in `FAMILIES` below.
+config.json reads, and the list of weight rules. Adding one is adding a file and its line in `families` below.
 
 This module needs neither torch nor megatron: configs are checked, and conversions planned, without them.
 """

@@ -275,7 +275,8 @@ class HFCheckpoint:
         stored: dict[str, Stored] = {}
         for file in files:
             if not file.is_file():
-                raise CheckpointError(f"{file}: missing, though {INDEX} names it")
+                lost = min(name for name, its in weight_map.items() if its == file.name)
+                raise CheckpointError(f"{file}: missing, though {INDEX} names it as the file of {lost}")
             for name, tensor in read_header(file).items():
                 if name in stored:
                     raise CheckpointError(f"{file}: tensor {name} is in {stored[name].file.name} too")
