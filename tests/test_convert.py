@@ -359,6 +359,61 @@ def test_from_master(tmp_path: Path) -> None:
     assert_same(load_hf(source), load_hf(tmp_path / "weights"))
 
 
+def test_parts_of_a_training_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A PPO run's checkpoint: policy, and under ``critic.`` a model with a value head, each with its fp32 masters."""
+    sources = {
+        p: make_hf(tmp_path / f"hf{p}", "qwen2", dtype=d) for p, d in (("", torch.bfloat16), ("m", torch.float32))
+    }
+    critic = {name: -t for name, t in load_hf(sources[""]).items() if name != "lm_head.weight"}
+    critic["score.weight"] = torch.randn(1, 32).bfloat16()
+    both = write_parts(sources[""], load_hf(sources["m"]), critic, tmp_path)
+    common = ("--config-from", sources[""])
+    assert convert("mcore2hf", both, tmp_path / "policy", *common) == 0
+    assert_same(load_hf(sources[""]), load_hf(tmp_path / "policy"))
+    assert convert("mcore2hf", both, tmp_path / "masters", *common, "--from-master") == 0
+    assert_same(load_hf(sources["m"]), load_hf(tmp_path / "masters"))
+    for options, wanted in (((), critic), (("--from-master",), {n: t.float() * 2 for n, t in critic.items()})):
+        target = tmp_path / f"critic{len(options)}"
+        assert convert("mcore2hf", both, target, *common, "--part", "critic", *options) == 0
+        assert_same(wanted, load_hf(target))
+        config = json.loads((target / "config.json").read_text())
+        assert config["architectures"] == ["Qwen2ForSequenceClassification"] and config["num_labels"] == 1
+    assert convert("verify", tmp_path / "policy", both, *common) == 0
+    assert convert("mcore2hf", both, tmp_path / "x", *common, "--part", "reward") == 1
+    assert "there is no part reward; these are: critic" in capsys.readouterr().err
+    assert convert("inspect", "--json", both, "--config-from", sources[""]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["other parts"] == "critic" and facts["problems"] == "none" and facts["iteration"] == 4
+
+
+def write_parts(config: Path, masters: dict[str, torch.Tensor], critic: dict[str, torch.Tensor], folder: Path) -> Path:
+    """Megatron tensors by hand from Hugging Face ones, in one chunk each."""
+    from megarl.convert.torch_dist_names import StoredNames
+    from megarl.convert.torch_dist_writer import StoredTensor, TorchDistWriter
+    from megarl.model.family import read_spec
+    from megarl.weights.shard import row_segments
+
+    spec, weights = read_spec(config), load_hf(config)
+    models = [("", "", spec, weights), ("", "optimizer.state.fp32_param.", spec, masters)]
+    scalar = spec.with_scalar_head()
+    models += [("critic.", "", scalar, critic)]
+    models += [("critic.", "optimizer.state.fp32_param.", scalar, {n: t.float() * 2 for n, t in critic.items()})]
+    stored: dict[str, torch.Tensor] = {}
+    for part, state, of, tensors in models:
+        names = StoredNames(of, stacked=False)
+        for tensor in of.tensors():
+            whole = torch.empty(tensor.shape, dtype=next(iter(tensors.values())).dtype)
+            for piece in row_segments(tensor, 0, tensor.shape[0]):
+                whole[piece.local_rows] = piece.view(tensors[piece.hf])
+            stored[part + state + names.stored(tensor.name)[0]] = whole
+    declared = [StoredTensor(key, tuple(tensor.shape), tensor.dtype) for key, tensor in stored.items()]
+    writer = TorchDistWriter(folder / "run" / "iter_0000004", declared)
+    file = writer.chunk_file(0)
+    for key, tensor in stored.items():
+        file.write(key, [0] * tensor.dim(), tensor.shape, tensor)
+    return writer.finish([file.finish()], {})
+
+
 def with_masters(weights: Path, masters: Path, folder: Path) -> Path:
     """A checkpoint that has both, as megatron-core's distributed optimizer writes them (fully_reshardable)."""
     from megarl.convert.torch_dist_writer import StoredTensor, TorchDistWriter

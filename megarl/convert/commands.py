@@ -56,6 +56,7 @@ def _mcore2hf_arguments(sub: argparse.ArgumentParser) -> None:
     _add_common(sub, "Megatron checkpoint: its root, or one iteration's folder", "Hugging Face directory to be")
     _add_config_from(sub)
     sub.add_argument("--from-master", action="store_true", help="the optimizer's fp32 weights instead of the model's")
+    sub.add_argument("--part", metavar="NAME", help="of a training run's checkpoint another model, such as critic")
     sub.add_argument("--quantize", choices=("fp8",), help="write linear weights as FP8 in blocks of 128 x 128")
     sub.add_argument("--max-file-size", type=_size, default=5 << 30, help="bytes, or such as 5G (default 5 GiB)")
 
@@ -148,6 +149,7 @@ def mcore2hf(args: argparse.Namespace) -> int:
         from_master=args.from_master,
         fp8=args.quantize == "fp8",
         max_file_bytes=args.max_file_size,
+        part=args.part,
     )
     manifest = convert_to_hf(job, workers=args.workers, resume=args.resume, overwrite=args.overwrite)
     print(f"{args.target}: {len(manifest.tensors)} tensors")

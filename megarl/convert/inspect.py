@@ -12,7 +12,7 @@ from megarl.convert.files import PROGRESS
 from megarl.convert.manifest import dtype_name
 from megarl.convert.progress import readable
 from megarl.convert.sources import HFSource, MegatronSource, open_source
-from megarl.convert.torch_dist_names import master_keys, model_keys
+from megarl.convert.torch_dist_names import master_keys, model_keys, of_part, parts
 from megarl.convert.torch_dist_reader import COMMON_OBJECT
 from megarl.model.family import ModelSpec
 from megarl.weights.durable import INCOMPLETE
@@ -61,12 +61,13 @@ def _hf_tensors(source: HFSource) -> dict[str, Any]:
 
 def _megatron_tensors(source: MegatronSource) -> dict[str, Any]:
     keys = source.reader.keys()
-    own = {key: keys[key] for key in model_keys(keys)}
+    own = {key: keys[key] for key in of_part(model_keys(keys), source.names.prefix)}
+    others = [part.removesuffix(".") for part in parts(keys) if part != source.names.prefix]
     dtypes = Counter(dtype_name(dtype) for _, dtype in own.values())
     total = sum(math.prod(shape) * dtype.itemsize for shape, dtype in own.values())
     vocab = next(shape[0] for key, (shape, _) in own.items() if key.endswith("word_embeddings.weight"))
     objects = source.reader.objects()
-    optimizer = [key for key in keys if key not in own and "optimizer" in key]
+    optimizer = [key for key in keys if "optimizer." in key]
     return {
         "iteration": source.reader.iteration,
         "tensors": len(own),
@@ -76,6 +77,7 @@ def _megatron_tensors(source: MegatronSource) -> dict[str, Any]:
         "layer keys": "stacked" if source.names.stacked else "per layer",
         "names": source.names.flavour,
         "common state": "common_state" if COMMON_OBJECT in objects else "common.pt",
+        "other parts": ", ".join(others) or "none",
         "_extra_state": sum("_extra_state" in key for key in objects),
         "optimizer state": f"{len(optimizer)} tensors, {len(master_keys(keys))} fp32 masters" if optimizer else "none",
     }

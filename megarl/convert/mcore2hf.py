@@ -34,7 +34,7 @@ from megarl.convert.sources import (
     rows_per_chunk,
 )
 from megarl.convert.work import Moved, Record, Unit, units
-from megarl.model.family import ModelSpec
+from megarl.model.family import ModelSpec, as_classifier
 from megarl.weights.durable import unfinished
 from megarl.weights.hf_files import CheckpointError
 from megarl.weights.hf_writer import HFTensor, OpenFile, PlannedFile, as_fp8, create_files, plan_files, write_metadata
@@ -49,7 +49,8 @@ MAX_FILE_BYTES = 5 << 30
 class ToHF:
     """What to write. ``layers``: only so many of the first layers (a slice for tests, that runs like a small model).
 
-    ``dtype`` None keeps each tensor's own; with ``from_master`` that is fp32, but for what has no master.
+    ``part``: of a training run's checkpoint not the policy but the model of that name. ``dtype`` None keeps each
+    tensor's own; with ``from_master`` that is fp32, but for what has no master.
     """
 
     source: Path
@@ -61,17 +62,20 @@ class ToHF:
     fp8: bool = False
     max_file_bytes: int = MAX_FILE_BYTES
     layers: int | None = None
+    part: str | None = None
 
     def open(self) -> _Filler:
         return _Filler(self)
 
     def open_source(self) -> Source:
-        return open_source(self.source, self.config_from, keep_mtp=self.keep_mtp, from_master=self.from_master)
+        return open_source(
+            self.source, self.config_from, keep_mtp=self.keep_mtp, from_master=self.from_master, part=self.part
+        )
 
     def options(self) -> dict[str, Any]:
         """What another run must have in common to go on with this one's folder."""
         said = {"dtype": str(self.dtype), "mtp": self.keep_mtp, "fp8": self.fp8, "max_file_bytes": self.max_file_bytes}
-        return said | {"from_master": self.from_master, "layers": self.layers}
+        return said | {"from_master": self.from_master, "layers": self.layers, "part": self.part}
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,8 @@ def _config_changes(job: ToHF, spec: ModelSpec) -> dict[str, Any]:
     changes: dict[str, Any] = {}
     if spec.mtp_num_layers != spec.mtp_in_checkpoint:
         changes["num_nextn_predict_layers"] = spec.mtp_num_layers
+    if spec.scalar_head:
+        changes |= as_classifier(spec.family.hf_architectures[0])
     if job.layers is not None:
         changes["num_hidden_layers"] = spec.num_layers
         changes["layer_types"] = None

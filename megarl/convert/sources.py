@@ -176,7 +176,8 @@ class HFSource:
 
 @dataclass
 class MegatronSource:
-    """An iteration of a torch_dist checkpoint; its weights, or with ``masters`` the optimizer's fp32 copies of them."""
+    """An iteration of a torch_dist checkpoint; its weights, or with ``masters`` the optimizer's fp32 copies of them (a
+    weight that is fp32 itself needs none)."""
 
     path: Path
     spec: ModelSpec
@@ -197,7 +198,9 @@ class MegatronSource:
         if self.masters is None:
             return out
         keys = {place.key for t in self.spec.tensors() if not t.keep_fp32 for place in self.names.places(t)}
-        return out + [f"{self.path}: {key} has no fp32 master" for key in sorted(keys - self.masters.keys())]
+        stored = self.reader.keys()
+        lacking = sorted(key for key in keys - self.masters.keys() if stored[key][1] != torch.float32)
+        return out + [f"{self.path}: {key} has no fp32 master" for key in lacking]
 
     def where(self, tensor: CanonTensor) -> str:
         return ", ".join(f"{place.key}{list(place.index) or ''}" for place in self.names.places(tensor))
@@ -322,17 +325,24 @@ def is_hf(path: Path) -> bool:
 
 
 def open_source(
-    path: Path, config_from: Path | None = None, *, keep_mtp: bool = True, from_master: bool = False
+    path: Path,
+    config_from: Path | None = None,
+    *,
+    keep_mtp: bool = True,
+    from_master: bool = False,
+    part: str | None = None,
 ) -> Source:
     """Open a checkpoint of either format.
 
     ``config_from`` is the HF directory whose config.json describes a Megatron checkpoint that has none beside it.
-    Without ``keep_mtp`` its multi-token-prediction layers are passed over. Raises CheckpointError, or what `read_spec`
-    raises.
+    Without ``keep_mtp`` its multi-token-prediction layers are passed over. ``part``: not the policy but the model of
+    that name, such as ``critic``. Raises CheckpointError, or what `read_spec` raises.
     """
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder")
     if is_hf(path):
+        if part is not None:
+            raise CheckpointError(f"{path}: a Hugging Face directory has no part {part}")
         spec = _spec(path)
         return HFSource(path, spec if keep_mtp else spec.without_mtp(), HFCheckpoint(path), read_manifest(path))
     reader = TorchDistReader(path)
@@ -340,9 +350,9 @@ def open_source(
     spec = _spec(config)
     if not keep_mtp:
         spec = dataclasses.replace(spec.without_mtp(), mtp_in_checkpoint=max(spec.mtp_in_checkpoint, 1))
-    names = detect(spec, reader.keys(), reader.path)
+    names = detect(spec, reader.keys(), reader.path, part)
     masters = master_keys(reader.keys()) if from_master else None
-    return MegatronSource(reader.path, spec, reader, names, read_manifest(reader.path), masters)
+    return MegatronSource(reader.path, names.spec, reader, names, read_manifest(reader.path), masters)
 
 
 def _spec(folder: Path) -> ModelSpec:

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from megarl.model.family import EMBEDDING, ModelSpec
+from megarl.model.family import EMBEDDING, VALUE_HEAD, ModelSpec
 from megarl.weights.hf_files import CheckpointError
 from megarl.weights.rules import CanonTensor, Shard
 
@@ -28,8 +28,8 @@ _LAYER = re.compile(r"(decoder|mtp)\.layers\.(\d+)\.(.+)")
 _EXPERT = re.compile(r"(.*mlp\.experts\.experts\.)(\d+)\.(linear_fc[12]\.(?:weight|bias))")
 _GATED = re.compile(r".*\.linear_fc1\.(weight|bias)")
 _MTP_CANON = "mtp_model_layer."
-_MASTER = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(?:fp32_)?param\.(.+)")
-_NOT_MODEL = re.compile(r"(chained_\d+\.)?optimizer\.|rng_state|rerun_state_machine_state|common_state")
+_MASTER = re.compile(r"((?!chained_\d)\w+\.)?(?:chained_\d+\.)?optimizer\.state\.(?:fp32_)?param\.(.+)")
+_NOT_MODEL = re.compile(r"(\w+\.){0,2}optimizer\.|rng_state|rerun_state_machine_state|common_state")
 
 # Modules whose _extra_state a strict load asks for. Megatron's own linear layers have one, which is empty; Transformer
 # Engine's norms and attention have one too (None is accepted by all of them).
@@ -62,7 +62,8 @@ class StoredNames:
         mtp_layer: what a multi-token-prediction layer calls the decoder layer in it. Megatron-core renamed the module
             to ``mtp_model_layer`` in 0.17, and writes and reads GPT models' checkpoints under the older name (0.16.1 to
             0.19.2); by the newer one they are read only.
-        prefix: what comes before every key, such as ``model.`` (megatron itself has none).
+        prefix: what comes before every key, such as ``model.`` (megatron itself has none), or ``critic.`` of one of
+            the models of a training run.
     """
 
     spec: ModelSpec
@@ -161,7 +162,8 @@ class StoredNames:
                 raise CheckpointError(f"{path / '.metadata'}: {key} has shape {found}, the model's is {shape}")
         dropped = self.spec.mtp_in_checkpoint > self.spec.mtp_num_layers
         passed = re.compile(re.escape(self.prefix) + (r"mtp\.layers\." if dropped else r"\Z."))
-        extra = sorted(key for key in model_keys(stored) - set(expected) if not passed.match(key))
+        own = of_part(model_keys(stored), self.prefix)
+        extra = sorted(key for key in own - set(expected) if not passed.match(key))
         if extra:
             raise CheckpointError(f"{path / '.metadata'}: {_some(extra)} no part of a {self.spec.family.name} model")
 
@@ -176,25 +178,46 @@ def model_keys(keys: Iterable[str]) -> set[str]:
     return {key for key in keys if not _NOT_MODEL.match(key)}
 
 
+def parts(keys: Iterable[str]) -> list[str]:
+    """What the keys of each language model in a checkpoint begin with, the shortest first; training runs save several
+    models side by side, all but the policy under a name of their own."""
+    return sorted((key.removesuffix(EMBEDDING) for key in model_keys(keys) if key.endswith(EMBEDDING)), key=len)
+
+
+def of_part(keys: set[str], prefix: str) -> set[str]:
+    """Those keys that are no other model's than that of ``prefix``."""
+    others = [other for other in parts(keys) if other != prefix]
+    longer = tuple(other for other in others if other.startswith(prefix))
+    return {key for key in keys if (not others or key.startswith(prefix)) and not key.startswith(longer or ("\0",))}
+
+
 def master_keys(keys: Iterable[str]) -> dict[str, str]:
     """For each weight that has one, the key of its fp32 master in the optimizer's state.
 
     Only a distributed optimizer's, saved as ``fully_reshardable`` (``optimizer.state.param.<key>``) or, by older
     cores, ``fully_sharded_model_space`` (``optimizer.state.fp32_param.<key>``): others do not follow parameters.
     """
-    return {match[1]: key for key in keys if (match := _MASTER.fullmatch(key))}
+    return {(match[1] or "") + match[2]: key for key in keys if (match := _MASTER.fullmatch(key))}
 
 
-def detect(spec: ModelSpec, keys: Iterable[str], path: Path) -> StoredNames:
-    """How the checkpoint at ``path`` names its tensors, from the keys it has.
+def detect(spec: ModelSpec, keys: Iterable[str], path: Path, part: str | None = None) -> StoredNames:
+    """How the checkpoint at ``path`` names the tensors of its model, or of its ``part``, from the keys it has.
 
-    Raises CheckpointError where it has no embedding, or stacks layers that differ. Call `StoredNames.check` next.
+    Where the part has a value head in place of the vocabulary's, so has the names' ``spec``. Raises CheckpointError
+    where there is no embedding, or no such part, or where layers that differ are stacked. Call `StoredNames.check`
+    next.
     """
     own = model_keys(keys)
-    embeddings = [key for key in own if key.endswith(EMBEDDING)]
-    if not embeddings:
+    found = parts(own)
+    if not found:
         raise CheckpointError(f"{path / '.metadata'}: {EMBEDDING} missing: no megatron-core language model")
-    prefix = min(embeddings, key=len).removesuffix(EMBEDDING)
+    prefix = found[0] if part is None else part + "."
+    if prefix not in found:
+        named = ", ".join(name.removesuffix(".") for name in found if name) or "none with a name"
+        raise CheckpointError(f"{path / '.metadata'}: there is no part {part}; these are: {named}")
+    own = of_part(own, prefix)
+    if prefix + VALUE_HEAD in own:
+        spec = spec.with_scalar_head()
     numbered = re.compile(re.escape(prefix) + r"decoder\.layers\.\d+\.")
     stacked = not any(numbered.match(key) for key in own)
     if stacked and not homogeneous(spec):

@@ -200,6 +200,12 @@ class Family:
 CLASSIFIER = "ForSequenceClassification"  # what the architecture of a reward model's config.json ends with
 
 
+def as_classifier(architecture: str) -> dict[str, Any]:
+    """What makes a language model's config.json one of transformers' models with a single label."""
+    names = {"architectures": [architecture.removesuffix("ForCausalLM") + CLASSIFIER], "tie_word_embeddings": False}
+    return names | {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+
+
 class UnsupportedModel(ValueError):
     """The checkpoint's config.json asks for something no family here computes."""
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from megarl.convert.manifest import HF, Entry, Manifest, describe, entry
-from megarl.model.family import CLASSIFIER, ModelSpec
+from megarl.model.family import ModelSpec, as_classifier
 from megarl.parallel.collectives import gather_objects
 from megarl.parallel.mesh import Mesh
 from megarl.weights.hf_writer import HFDirectory, HFTensor, OpenFile, PlannedFile, plan_files
@@ -95,12 +95,6 @@ def _changes(spec: ModelSpec) -> dict[str, Any]:
     dropped = spec.mtp_in_checkpoint > spec.mtp_num_layers
     changes: dict[str, Any] = {"num_nextn_predict_layers": spec.mtp_num_layers} if dropped else {}
     return changes | (as_classifier(spec.family.hf_architectures[0]) if spec.scalar_head else {})
-
-
-def as_classifier(architecture: str) -> dict[str, Any]:
-    """What makes a language model's config.json one of transformers' models with a single label."""
-    names = {"architectures": [architecture.removesuffix("ForCausalLM") + CLASSIFIER], "tie_word_embeddings": False}
-    return names | {"num_labels": 1, "id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
 
 
 def _side_by_side(items: list[Item], files: list[PlannedFile], world_size: int) -> list[Item]:
