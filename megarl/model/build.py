@@ -121,6 +121,15 @@ class ValueModel(PackedModel):
             device, dtype = self.decoder.final_layernorm.weight.device, self.config.params_dtype
             self.value_head = torch.nn.Linear(self.config.hidden_size, 1, bias=False, device=device, dtype=dtype)
 
+    def sharded_state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As any module's. Of a last stage megatron would go on to mark the vocabulary's head, which is not there."""
+        last, self.post_process = self.post_process, False
+        try:
+            state: dict[str, Any] = super().sharded_state_dict(*args, **kwargs)
+        finally:
+            self.post_process = last
+        return state
+
     def _postprocess(
         self, hidden_states: Tensor, *, labels: Tensor | None = None, loss_mask: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
