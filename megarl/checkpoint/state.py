@@ -37,7 +37,8 @@ def sharded_state(engine: Engine, *, prefix: str = "", optimizer: bool = True) -
     """The engine's state as megatron's sharded tensors, whose data are the live tensors themselves."""
     state: dict[str, Any] = {}
     for at, chunk in enumerate(model_chunks(engine)):
-        weights = chunk.sharded_state_dict(prefix="")
+        with engine.mesh.platform():
+            weights = chunk.sharded_state_dict(prefix="")
         part: dict[str, Any] = {"model": weights}
         if optimizer:
             part["optimizer"] = _optimizer_state(engine.optimizer, weights)

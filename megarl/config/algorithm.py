@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from megarl.config.model import OptimizerConfig
+from megarl.config.model import OptimizerConfig, ParallelConfig
 
 # Those whose data is what the policy samples.
 ON_POLICY = ("grpo", "ppo", "remax", "prime", "online_dpo", "distillation")
@@ -99,6 +99,10 @@ class CriticConfig:
     """AdamW of the critic; its learning rate is usually some ten times the policy's."""
     critic_warmup_steps: int = 0
     """First steps in which the critic learns alone."""
+    own_layout: bool = False
+    """Divide the critic over the ranks as `parallel` below says; false divides it as the policy."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """With `own_layout`: how. Samples are dealt again over its replicas."""
 
 
 @dataclass(frozen=True)

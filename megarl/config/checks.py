@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from megarl.config.acting import check_acting
 from megarl.config.algorithm import ON_POLICY, PAIRED
+from megarl.config.critic import check_critic, critic_as_policy, of_critic
 from megarl.config.fp8 import check_fp8_values
 from megarl.config.machine import check_machine
 from megarl.config.memory import check_memory
@@ -63,6 +64,8 @@ def check(cfg: "Config", launched: int | None, refused: set[str], *, this_machin
         others += [*engines, *_grpo(cfg), *_lengths(cfg), *check_remote(cfg)]
     else:
         others += _examples(cfg)
+    if cfg.algorithm == "ppo":
+        others += _critic(cfg)
     if this_machine:
         others += check_machine(cfg, launched)
     return [problem.text for problem in ranges] + [problem.text for problem in others if not _echo(problem, refused)]
@@ -74,6 +77,17 @@ def _echo(problem: Problem, refused: set[str]) -> bool:
 
 
 # ---- sizes that have to fit each other ----
+
+
+def _critic(cfg: "Config") -> Problems:
+    """A critic's own layout divides the ranks, and holds the longest sequence, as the policy's does."""
+    wrong = list(check_critic(cfg))
+    yield from wrong
+    if cfg.critic.own_layout and not wrong:
+        critic = critic_as_policy(cfg)
+        yield from of_critic(_layout(critic))
+        if critic.parallel.context_parallel_size != cfg.parallel.context_parallel_size:
+            yield from of_critic(_lengths(critic))
 
 
 def _launch(cfg: "Config", launched: int | None) -> Problems:

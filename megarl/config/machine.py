@@ -1,6 +1,7 @@
 """Checks of a config against this machine: the model's directory, data files, megatron-core, GPUs."""
 
 import ast
+import dataclasses
 import difflib
 import importlib.util
 import itertools
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megarl.config.algorithm import ON_POLICY
+from megarl.config.critic import critic_as_policy, of_critic
 from megarl.config.fp8 import check_fp8_machine, check_fp8_model, this_machine
 from megarl.config.memory import ENGINE_ONLY, check_recompute
 from megarl.config.remote import engines_beside
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
 def check_machine(cfg: "Config", launched: int | None) -> Problems:
     """All of them; GPUs only where the ranks will run here."""
     yield from check_model(cfg)
+    if cfg.algorithm == "ppo" and (cfg.critic.path is not None or cfg.critic.own_layout):
+        critic = critic_as_policy(cfg)
+        yield from of_critic(check_model(dataclasses.replace(critic, algorithm="reward_model")))  # it samples nothing
     yield from _override_names(cfg)
     yield from _files(cfg)
     yield from _loggers(cfg)

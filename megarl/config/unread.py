@@ -88,6 +88,7 @@ READ_WITH: dict[str, tuple[Alternative, ...]] = {
     "critic.path": _algorithm("ppo"),
     "critic.optimizer": _algorithm("ppo"),
     "critic.critic_warmup_steps": _algorithm("ppo"),
+    "critic.own_layout": _algorithm("ppo"),
     "prime.path": _algorithm("prime"),
     "prime.optimizer": _algorithm("prime"),
     "prime.beta": _algorithm("prime"),

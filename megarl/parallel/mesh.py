@@ -9,11 +9,14 @@ parallel. The ranks of a context-parallel group hold the same weights, and share
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
+import re
 import socket
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -56,6 +59,8 @@ class Mesh:
     replica_ranks: list[int]  # global ranks of replica_group, in its order
     host_group: dist.ProcessGroup  # every rank, over gloo: for data that lives in host memory
     groups: ProcessGroupCollection
+    # megatron's parallel_state of this layout, where it is not the one that the job began with
+    state: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def is_first_stage(self) -> bool:
@@ -76,8 +81,9 @@ class Mesh:
 
     @contextlib.contextmanager
     def platform(self) -> Iterator[None]:
-        """Enter before calling into megatron-core: on a machine without CUDA its CUDA calls then mean the CPU."""
-        with cpu.megatron_on_cuda() if self.device.type == "cuda" else cpu.megatron_on_cpu():
+        """Enter before calling into megatron-core: on a machine without CUDA its CUDA calls then mean the CPU, and its
+        parallel_state is this layout's."""
+        with cpu.megatron_on_cuda() if self.device.type == "cuda" else cpu.megatron_on_cpu(), _held(self.state):
             yield
 
     def describe(self) -> str:
@@ -127,17 +133,63 @@ def build_mesh(cfg: Config) -> Mesh:
         _meet("nccl" if device.type == "cuda" else "gloo", timeout)
     host_group = dist.new_group(backend="gloo", timeout=timeout) if device.type == "cuda" else dist.group.WORLD
     with cpu.megatron_on_cpu() if device.type == "cpu" else contextlib.nullcontext():
-        parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=cfg.parallel.tensor_model_parallel_size,
-            pipeline_model_parallel_size=cfg.parallel.pipeline_model_parallel_size,
-            context_parallel_size=cfg.parallel.context_parallel_size,
-            virtual_pipeline_model_parallel_size=cfg.parallel.virtual_pipeline_model_parallel_size,
-            expert_model_parallel_size=cfg.parallel.expert_model_parallel_size,
-            expert_tensor_parallel_size=cfg.parallel.expert_tensor_parallel_size,  # None: as the rest of the model
-            distributed_timeout_minutes=cfg.run.deadline_s / 60,
-            create_gloo_process_groups=False,
-        )
+        _initialize(cfg)
         _seed_rng_tracker(cfg.run.seed)
+    return _mesh_of(cfg, device, host_group)
+
+
+def another_layout(cfg: Config, first: Mesh) -> Mesh:
+    """The same ranks, divided as ``cfg.parallel`` says, for a model beside the one of ``first``.
+
+    Parts of megatron-core take process groups as arguments, and others (its schedules, experts, checkpoints) look into
+    parallel_state in 0.16 to 0.19: so that is exchanged, as a whole, for as long as `Mesh.platform` is entered.
+    """
+    before = _parallel_state()
+    with first.platform():
+        parallel_state.destroy_model_parallel()  # forgets the groups; it would destroy gloo twins, which were not made
+        try:
+            _initialize(cfg)
+            mesh = _mesh_of(cfg, first.device, first.host_group)
+            return dataclasses.replace(mesh, state=_parallel_state())
+        finally:
+            _set_parallel_state(before)
+
+
+def _parallel_state() -> dict[str, Any]:
+    """All that the module knows: groups, ranks, sizes."""
+    return {name: value for name, value in vars(parallel_state).items() if re.match(r"_[A-Z]|_global_process", name)}
+
+
+def _set_parallel_state(state: dict[str, Any]) -> None:
+    for name, value in state.items():
+        setattr(parallel_state, name, value)
+
+
+@contextlib.contextmanager
+def _held(state: dict[str, Any]) -> Iterator[None]:
+    before = _parallel_state() if state else {}
+    _set_parallel_state(state)
+    try:
+        yield
+    finally:
+        _set_parallel_state(before)
+
+
+def _initialize(cfg: Config) -> None:
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=cfg.parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=cfg.parallel.pipeline_model_parallel_size,
+        context_parallel_size=cfg.parallel.context_parallel_size,
+        virtual_pipeline_model_parallel_size=cfg.parallel.virtual_pipeline_model_parallel_size,
+        expert_model_parallel_size=cfg.parallel.expert_model_parallel_size,
+        expert_tensor_parallel_size=cfg.parallel.expert_tensor_parallel_size,  # None: as the rest of the model
+        distributed_timeout_minutes=cfg.run.deadline_s / 60,
+        create_gloo_process_groups=False,
+    )
+
+
+def _mesh_of(cfg: Config, device: torch.device, host_group: dist.ProcessGroup) -> Mesh:
+    """What megatron's parallel_state now says."""
     groups = ProcessGroupCollection.use_mpu_process_groups()
     # One of the two contains the other: TP and EP x ETP divide one another, and both count neighbours first.
     replica = max(groups.mp, groups.tp_ep_pp, key=dist.ProcessGroup.size)

@@ -19,6 +19,18 @@ LAYOUTS = {
     "CP2": (2, ["parallel.context_parallel_size=2"]),
     "EP2": (2, ["parallel.expert_model_parallel_size=2"]),
 }
+# A critic that is divided otherwise than the policy.
+OWN = ["critic.own_layout=true"]
+_TP2 = ["critic.parallel.tensor_model_parallel_size=2", "critic.parallel.sequence_parallel=true"]
+CRITICS = {
+    "TP2, critic DP2": (2, [*LAYOUTS["TP2"][1], *OWN]),
+    "DP2, critic TP2": (2, [*OWN, *_TP2]),
+    "PP2, critic CP2": (2, [*LAYOUTS["PP2"][1], *OWN, "critic.parallel.context_parallel_size=2"]),
+    "TP2 DP2, critic PP2 DP2": (
+        4,
+        [*LAYOUTS["TP2"][1], *OWN, "critic.parallel.pipeline_model_parallel_size=2"],
+    ),
+}
 RECIPE = """
 cluster: {{device: cpu}}
 run: {{root: {root}, max_num_steps: 12, max_num_epochs: 100}}
@@ -138,8 +150,8 @@ def with_experts(tiny_chat_model, tmp_path_factory):
 
 def curve(ranks, recipe, name, layout, overrides):
     """The metrics of every step."""
-    world, placed = LAYOUTS[layout]
-    run = f"{name}-{layout}".replace(" ", "")
+    world, placed = (LAYOUTS | CRITICS)[layout]
+    run = f"{name}-{layout}".replace(" ", "").replace(",", "-")
     here = [f"run.name={run}", f"cluster.gpus_per_node={world}", f"rollout.tensor_parallel_size={world}", *placed]
     assert ranks.run(train_cases.train, world, recipe=str(recipe), overrides=[*here, *overrides]) == ["done"] * world
     return read_metrics(recipe.parent / "runs" / run)
@@ -235,3 +247,15 @@ def test_grpo_with_experts_on_two_ranks_each(ranks, recipe, with_experts):
         assert step["gen_kl_error"] < 1e-9 and expected["gen_kl_error"] < 1e-9
         for metric in ("actor/loss", "actor/grad_norm", "reward/mean"):
             assert step[metric] == pytest.approx(expected[metric], rel=1e-4, abs=2e-5), (step["step"], metric)
+
+
+def test_a_critic_in_a_layout_of_its_own(ranks, recipe, alone, larger, record_property):
+    """Policy TP2, critic DP2: samples change replicas for their values and for what the critic learns from them."""
+    more = [f"critic.path={larger}"]
+    check(ranks, recipe, alone, "ppo", ["TP2, critic DP2"], record_property, more, steps=3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", CRITICS)
+def test_a_critic_in_every_layout_of_its_own(ranks, recipe, alone, larger, layout, record_property):
+    check(ranks, recipe, alone, "ppo", [layout], record_property, [f"critic.path={larger}"])

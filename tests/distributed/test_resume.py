@@ -107,6 +107,17 @@ def test_learning_from_rollouts_resumes_bit_for_bit(ranks, recipe, what, layout)
     check_bits(ranks, recipe, what, layout)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout, own", [("TP2", ""), ("DP2", "critic.parallel.tensor_model_parallel_size=2")])
+def test_a_critic_in_a_layout_of_its_own_resumes_bit_for_bit(ranks, recipe, layout, own):
+    """Both models' weights and optimizers are in one checkpoint, each by its own layout."""
+    name, more = f"ppo-{layout}-critic", ["critic.own_layout=true", *([own] if own else [])]
+    _, straight = run(ranks, recipe, f"{name}-straight", "ppo", layout, more=more)
+    run(ranks, recipe, name, "ppo", layout, stop_after=3, more=more)
+    _, resumed = run(ranks, recipe, name, "ppo", layout, more=more)
+    assert resumed == straight
+
+
 OFFLOAD = ["offload.params=true", "offload.grads=true", "offload.optimizer=true"]
 
 
