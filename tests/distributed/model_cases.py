@@ -81,7 +81,7 @@ def logps(
     """Log-probabilities of this replica's share of the samples: every dp-th one."""
     engine = engine_of(recipe, model, overrides, temperature)
     mine = [Sample(**s) for s in samples]
-    return [x.numpy() for x in engine.logps(mine)]
+    return [x.cpu().numpy() for x in engine.logps(mine)]
 
 
 def sequence_loss(values: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -108,8 +108,8 @@ def one_step(
     grads = {}
     if not engine.cfg.optimizer.use_distributed_optimizer:  # else each rank has only its shard of them
         gradients = WeightStream(engine.model, engine.spec, mesh, 1 << 20, value=gradient_of)
-        grads = {name: tensor.numpy() for name, tensor in gradients}
-    return metrics, grads, {name: tensor.numpy() for name, tensor in engine.stream(1 << 20)}
+        grads = {name: tensor.cpu().numpy() for name, tensor in gradients}
+    return metrics, grads, {name: tensor.float().cpu().numpy() for name, tensor in engine.stream(1 << 20)}
 
 
 def reference_swap(recipe: str, model: str, overrides: list[str], samples: list[dict[str, Any]]) -> dict[str, Any]:
