@@ -18,7 +18,7 @@ from megarl.model.family import read_spec
 from megarl.rollout.serve import discover, engines_folder
 from megarl.rollout.vllm_config import model_arguments
 
-STARTS_WITHIN_S = 240
+STARTS_WITHIN_S = 600  # seconds, where others compute as well
 ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0"}
 
 
