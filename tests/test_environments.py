@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from megarl.config import load
 from megarl.data.grid import main, parse, problems, shortest
 from megarl.data.prompts import Prompt
 from megarl.data.reading import RecordError
@@ -21,10 +22,10 @@ from megarl.environments.bm25 import Document, Index
 from megarl.environments.dialogue import Dialogue
 from megarl.environments.episode import EpisodeLimits
 from megarl.environments.grid import World
-from megarl.environments.making import EnvironmentProblem, make
+from megarl.environments.making import EnvironmentProblem, conversation_of, make
 from megarl.rewards.countdown import countdown_reward
 from megarl.rewards.measure import measure_reward
-from megarl.rollout.conversation import AsyncEngine, Completion, Transcript
+from megarl.rollout.conversation import AsyncEngine, Completion, Transcript, single_turn
 from megarl.sandbox import SandboxError, run
 from tests.byte_tokenizer import byte_tokenizer
 
@@ -363,3 +364,17 @@ def test_the_reward_of_a_measure() -> None:
     assert measure_reward(["a", "b"], field="success", default=-1.0, success=[1.0, None]) == [1.0, -1.0]
     with pytest.raises(ValueError, match=r"no .success. .field. was measured; there are steps"):
         measure_reward(["a"], steps=[1])
+
+
+def test_the_conversation_of_a_config() -> None:
+    """One turn needs nothing of the chat template; several need one that takes an observation."""
+    recipe = ["examples/agentic/cpu_calculator.yaml", "model.path=x", "data.path=y", "data.apply_chat_template=true"]
+    refuses = byte_tokenizer("{{ raise_exception('no two in a row') }}")
+    one = load(["examples/cpu_gsm8k.yaml", "data.path=x", "data.apply_chat_template=true"], check_model=False)
+    assert conversation_of(one, refuses) is single_turn
+    several = load(recipe, check_model=False)
+    sample = asyncio.run(conversation_of(several, TOKENIZER)(Scripted("2+3=", "5"), prompt()))
+    told = [text for text, wrote in pieces(sample) if not wrote]
+    assert told == ["<|im_end|>" + BETWEEN.format("5 ")]  # a turn that the environment ended lacks its last token
+    with pytest.raises(EnvironmentProblem, match=r"rollout.observation_role = 'user': the chat template refuses"):
+        conversation_of(several, refuses)

@@ -8,7 +8,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from megarl.config import Config
-from megarl.environments import ENVIRONMENTS
+from megarl.data.reading import RecordError
+from megarl.environments import ENVIRONMENTS, SINGLE_TURN
 from megarl.environments.dialogue import Dialogue
 from megarl.environments.episode import EpisodeLimits, within
 from megarl.rewards import did_you_mean
@@ -25,7 +26,12 @@ class EnvironmentProblem(Exception):
 def conversation_of(cfg: Config, tokenizer: PreTrainedTokenizerBase) -> Conversation:
     """The conversation of `rollout.environment`. Raises EnvironmentProblem."""
     r = cfg.rollout
-    dialogue = Dialogue(tokenizer, use_chat_template=cfg.data.apply_chat_template, role=r.observation_role)
+    if r.environment == SINGLE_TURN:  # which says nothing between turns, and has no limit but that of tokens
+        return single_turn
+    try:
+        dialogue = Dialogue(tokenizer, use_chat_template=cfg.data.apply_chat_template, role=r.observation_role)
+    except (ValueError, RecordError) as error:
+        raise EnvironmentProblem(f"rollout.observation_role = {r.observation_role!r}: {error}") from error
     limits = EpisodeLimits(r.max_turns, r.turn_timeout_s, r.episode_timeout_s)
     return make(r.environment, r.environment_args, dialogue, limits)
 
