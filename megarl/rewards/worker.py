@@ -110,7 +110,8 @@ def call(function: Reward, args: dict[str, Any], samples: list[dict[str, Any]]) 
 
 def seed_generators(samples: list[dict[str, Any]]) -> None:
     """Let a reward that draws lots draw the same for the same samples, in whichever worker and after whatever else: a
-    run that resumes is then the run that did not stop. torch is seeded where a reward has imported it, numpy too."""
+    run that resumes is then the run that did not stop. torch and numpy are seeded where a reward's module imports them:
+    an import inside of the function comes too late for the first call."""
     seed = int.from_bytes(hashlib.blake2b(json.dumps(samples).encode(), digest_size=4).digest())
     random.seed(seed)
     if "numpy" in sys.modules:
