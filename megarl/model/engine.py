@@ -172,19 +172,17 @@ class Engine:
         with self.residency.on_device("params", "grads", "optimizer"), self.mesh.platform():
             self._forget_gradients()
             self.optimizer.zero_grad()
-            for router in routers(self.model):
-                router.begin_step()
             positions, count = self._totals(batches)
-            loss_step = partial(self._loss_step, loss, by_response, count / max(positions, 1))
+            aux_scale = count / max(positions, 1)
             with self.rounding.watching() if self.rounding else contextlib.nullcontext():
-                sums = self._run(batches, loss_step, forward_only=False)
+                sums = self._forward_and_backward(batches, loss, by_response, aux_scale)
             metrics = self._reduce(sums, by_response)
             if self._balances:
                 metrics["moe_aux_loss"] = self._balance(positions)
             here, everywhere = self._finite(metrics["loss"])
             grad_norm = 0.0
             if not everywhere:
-                again = self._computed_again(batches, loss, by_response)
+                again = self._computed_again(batches, loss, by_response, aux_scale)
                 self._forget_gradients()
                 self.refused(self._poison(metrics["loss"], here, samples, *again))
             elif metrics[
@@ -374,6 +372,13 @@ class Engine:
 
         return self._forward(batch, model, labels=False), collect
 
+    def _forward_and_backward(
+        self, batches: list[MicroBatch], loss: Loss, by_response: bool, aux_scale: float
+    ) -> list[dict[str, Tensor]]:
+        for router in routers(self.model):
+            router.begin_step()
+        return self._run(batches, partial(self._loss_step, loss, by_response, aux_scale), forward_only=False)
+
     def _loss_step(
         self,
         loss: Loss,
@@ -420,7 +425,9 @@ class Engine:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return finite, not flag.item()
 
-    def _computed_again(self, batches: list[MicroBatch], loss: Loss, by_response: bool) -> tuple[bool, list[str]]:
+    def _computed_again(
+        self, batches: list[MicroBatch], loss: Loss, by_response: bool, aux_scale: float
+    ) -> tuple[bool, list[str]]:
         """The step a second time: whether it is finite now, on all ranks; and the samples whose own loss is not."""
         names: list[str] = []
 
@@ -432,7 +439,7 @@ class Engine:
             return per_token, metrics
 
         self._forget_gradients()
-        sums = self._run(batches, partial(self._loss_step, watched, by_response), forward_only=False)
+        sums = self._forward_and_backward(batches, watched, by_response, aux_scale)
         _, everywhere = self._finite(self._reduce(sums, by_response)["loss"])
         return everywhere, names
 
