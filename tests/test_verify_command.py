@@ -35,6 +35,8 @@ EP = "expert_model_parallel_size: 8"
 def verify(tmp_path, capsys, monkeypatch):
     """Run the command of a recipe on a public model: (exit code, what it printed)."""
     monkeypatch.setenv("COLUMNS", "200")
+    for name in ("WORLD_SIZE", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
 
     def run(hf, parallel, *arguments, algorithm="grpo"):
         (tmp_path / "config.json").write_text(json.dumps(hf))
@@ -47,6 +49,7 @@ def verify(tmp_path, capsys, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_a_good_recipe_gives_0(verify):
     code, said = verify(QWEN2_05B, "context_parallel_size: 2", "--max-ranks=2", "--no-vllm", algorithm="ppo")
     assert code == 0, said
@@ -78,7 +81,7 @@ def test_a_rank_that_is_killed_ends_it_within_seconds(tmp_path, monkeypatch):
     start = time.monotonic()
     with pytest.raises(RuntimeError, match="rank 1 of 2 ended by SIGKILL and said nothing"):
         command.run_ranks(2, tmp_path, "all", 1e-5, vllm=False)
-    assert time.monotonic() - start < 30
+    assert time.monotonic() - start < 120  # a minute of imports on a busy machine; it waited for half an hour once
 
 
 def test_what_cannot_be_tried_gives_2(verify, tmp_path):

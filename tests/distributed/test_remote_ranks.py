@@ -82,6 +82,7 @@ def check_same(found, expected):
         assert {name: here[name] for name in names} == pytest.approx({name: there[name] for name in names}, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_without_staleness_remote_is_colocated_token_for_token(ranks, recipe, engines):
     expected = run(ranks, recipe, "colocated", None, 1, GREEDY)
     found = run(ranks, recipe, "remote", engines, 2, GREEDY)
