@@ -131,7 +131,7 @@ def test_rules_are_the_models_parameters(ranks, tiny_hf, recipe, family):
 def test_rules_are_the_parameters_of_multi_token_prediction(ranks, tiny_hf, recipe):
     path = tiny_hf("deepseek_v3", **FAMILIES["deepseek_v3"])
     rules = {t.name: t for t in read_spec(path).tensors() if t.name.startswith("mtp.")}
-    for name in ("1 rank", "TP2 EP2 ETP1"):
+    for name in ("1 rank",):  # megatron-core's local norms of these layers refuse sequence parallelism, and so TP
         world, overrides = layout(name)
         _, tp, _, _, etp = LAYOUTS[name]
         arguments = {"recipe": recipe, "model": str(path), "overrides": overrides}
