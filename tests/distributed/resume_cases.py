@@ -92,4 +92,4 @@ class _Multiplied:
         factors = logps.new_ones(len(logps))
         if self.how != "once" or self.calls == 1:
             factors[:first] = self.factor
-        return -logps * factors, {}
+        return -logps * factors, {"entropy": batch.entropy}  # as sft: ranks add up the same metrics
