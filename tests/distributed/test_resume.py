@@ -238,6 +238,7 @@ def poison(ranks, recipe, name, at, *more, **kwargs):
     return ranks.run(resume_cases.poisoned, 2, **kwargs)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_no_number_on_one_rank_changes_nothing_on_any(ranks, recipe):
     """NaN in step 4 of one rank: an event that names its samples, no update, and the run goes on; both ranks alike."""
     (ran, error, weights), (_, _, others) = poison(ranks, recipe, "nan-once", [4])
