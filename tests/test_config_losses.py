@@ -149,7 +149,7 @@ def test_a_refusal_says_what_would_read_the_setting(tmp_path):
 def test_the_table_names_fields_and_values_that_exist():
     """Every field of methods that there is, but for those that all their algorithms read or that are checked apart."""
     cfg = Config(model=ModelConfig(path="m"), data=DataConfig(path="d"))
-    apart = {"teacher.path", "preference.ref_log_probs_path"}
+    apart = {"teacher.path", "preference.ref_log_probs_path", "critic.parallel"}
     refined = {"loss.kl_type", "loss.kl_gradient"} | {RATIO, f"{RATIO}_min"}  # read with another that is in the table
     sections = ("advantage", "loss", "critic", "prime", "teacher", "preference")
     everything = {f"{section}.{name}" for section in sections for name in vars(vars(cfg)[section])}
