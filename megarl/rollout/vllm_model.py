@@ -87,11 +87,22 @@ def checksums(model: torch.nn.Module) -> dict[str, int]:
 
 @torch.no_grad()
 def spoil(model: torch.nn.Module) -> None:
-    """Flip every bit of every parameter: what the next load does not bring keeps another checksum."""
-    for parameter in model.parameters():
+    """Flip every bit of every parameter: what the next load does not bring keeps another checksum.
+
+    But for a rank's part of a vocabulary that is all padding, which vLLM never reads and no load brings anything for.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    modules = [
+        module
+        for module in model.modules()
+        if not (isinstance(module, VocabParallelEmbedding) and module.shard_indices.num_org_elements == 0)
+    ]
+    # Tied layers share one.
+    for parameter in {parameter for module in modules for parameter in module.parameters(recurse=False)}:
         if parameter.numel():
             parameter.data.view(_BITS[parameter.element_size()]).bitwise_not_()
-    for module in model.modules():
+    for module in modules:
         vars(module).pop("cpu_linear", None)  # the packed copy of the weight
 
 

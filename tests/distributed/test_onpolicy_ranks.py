@@ -197,8 +197,8 @@ def test_every_method_on_every_layout(ranks, recipe, alone, also, name, layout, 
 
 
 def test_ppo_with_a_larger_critic_on_two_replicas(ranks, recipe, alone, also, record_property):
-    """The critic alone learns at first; its squared error falls."""
-    more = also["ppo"]
+    """The critic alone learns at first; its squared error falls. All of the vocabulary is on vLLM's first rank."""
+    more = [*also["ppo"], "weight_sync.verify=true"]
     steps = check(ranks, recipe, alone, "ppo", ["DP2"], record_property, more, steps=4)
     assert "actor/loss" not in steps[1] and "actor/loss" in steps[2]
     assert steps[1]["critic/vf_loss"] < steps[0]["critic/vf_loss"]
