@@ -36,6 +36,10 @@ def loaded(folder: Path, settings: dict[str, Any]) -> Config:
             "rollout.max_staleness = 1 would do nothing: it is read with rollout.mode = remote",
         ),
         ({"rollout.num_nodes": 2}, "rollout.num_nodes = 2 would do nothing"),
+        (
+            REMOTE | {"rollout.seed_per_request": False},
+            "rollout.seed_per_request = false would do nothing: it is read with rollout.mode = colocated",
+        ),
         (STALE, "correct for it with loss.truncated_importance_sampling_type=tis or loss.use_rollout_logps=true"),
         (STALE | {"algorithm": "ppo"}, "rollout.max_staleness = 2"),
         (REMOTE | {"rollout.router_replay": True}, "servers do not report experts"),

@@ -1,7 +1,11 @@
 """Prompts from files of every kind, what is said of bad ones, and the stream that hands them out."""
 
+import bz2
+import gzip
 import json
+import lzma
 import re
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from megarl.config import DataConfig
 from megarl.data.prompts import PromptStream, load_prompts
-from megarl.data.reading import DataError
+from megarl.data.reading import MAX_LINE_BYTES, DataError, read_rows
 
 WORDS = ["<eos>", "<unk>", "one", "two", "three"]
 RECORDS = [{"prompt": "one two", "answer": "3", "level": 1}, {"prompt": "three", "answer": 4, "level": 2}]
@@ -109,6 +113,10 @@ BAD_LINES = [
     (b'{"prompt": "one\0"}', r"holds a NUL byte at byte 15"),
     (line(prompt="one")[:-1] + ', "prompt": "two"}', r"duplicate key 'prompt'"),
     (line(level=0).replace("0", "NaN"), r"invalid JSON: NaN is not JSON"),
+    (line(level=0).replace("0", "-Infinity"), r"invalid JSON: -Infinity is not JSON"),
+    (b'{"prompt": "one \xed\xa0\x80"}', r"invalid UTF-8: byte 0xed at byte 16"),
+    ("\ufeff" + line(), r"invalid JSON: Unexpected UTF-8 BOM"),
+    (b"\0" * 20, r"holds a NUL byte at byte 0"),
     ('["one"]', r"expected an object, found a list"),
     ("[" * 100_000, r"invalid JSON: nested too deeply"),
     ('{"a": ' + "9" * 5000 + "}", r"invalid JSON: Exceeds the limit"),
@@ -185,6 +193,69 @@ def test_sources_that_cannot_be_read_at_all(tmp_path: Path, tokenizer: PreTraine
     assert "at line 2, column 2" in refusal(data(broken), tokenizer)
     message = refusal(data(tmp_path / "absent", subset="main"), tokenizer)
     assert "no such file, and datasets.load_dataset(" in message and "'main', split='train') failed" in message
+
+
+@pytest.mark.parametrize("end", [b"\n", b""], ids=["", "last"])
+def test_a_line_of_50_mb_is_refused_and_never_in_memory(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, end: bytes
+) -> None:
+    """Of the line no more than the longest that is allowed is held at a time, 16 MiB, and a piece or two of 1 MiB."""
+    path, long = tmp_path / "train.jsonl", b'{"prompt": "' + b"one " * 12_500_000 + b'", "answer": "3"}'
+    rest = (end + line().encode() + end) if end else b""
+    path.write_bytes(line().encode() + b"\n" + long + rest)
+    said = f"{path}:2: the line has {len(long) + len(end)} bytes, more than 16777216"
+    del long
+    tracemalloc.start()
+    try:
+        assert said in refusal(data(path), tokenizer)
+        prompts = load_prompts(data(path, bad_records="drop"), tokenizer)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert [p.id for p in prompts] == ["train.jsonl:1", "train.jsonl:3"][: 2 if end else 1]
+    assert prompts.dropped["bad_record"] == 1
+    assert (16 << 20) < peak < (20 << 20)
+
+
+def test_the_longest_line_that_is_taken(tmp_path: Path) -> None:
+    """16 MiB to the byte, its end included; one more is too long."""
+    whole = b'{"a": "' + b"x" * (MAX_LINE_BYTES - 10) + b'"}\n'
+    assert len(whole) == MAX_LINE_BYTES
+    (tmp_path / "a.jsonl").write_bytes(whole + b" " + whole)
+    (_, taken), (where, refused) = read_rows(str(tmp_path / "a.jsonl"), None, "train")
+    assert isinstance(taken, dict) and len(taken["a"]) == MAX_LINE_BYTES - 10
+    assert where == ":2" and f"{MAX_LINE_BYTES + 1} bytes" in str(refused)
+
+
+def test_compressed_files_are_refused_and_not_unpacked(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """100 MB of zeros in 100 kB, under its own name and under those of text: nothing is dropped, all of it refused."""
+    bomb = gzip.compress(bytes(100_000_000), 1)
+    for name, said in (
+        ("train.jsonl.gz", "unknown kind of file; expected .jsonl, .json, .parquet"),
+        ("train.jsonl", "begins as a gzip file does; give it as text in UTF-8, and not compressed"),
+        ("train.json", "begins as a gzip file does"),
+        ("train.parquet", "not a readable Parquet file"),
+    ):
+        (tmp_path / name).write_bytes(bomb)
+        message = refusal(data(tmp_path / name, bad_records="drop"), tokenizer)
+        assert f"{tmp_path / name}: {said}" in message
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (line().encode("utf-16"), "UTF-16"),
+        (bz2.compress(b"{}"), "bzip2"),
+        (lzma.compress(b"{}"), "xz"),
+        (b"PK\x03\x04", "zip"),
+        (b"PAR1", "Parquet"),
+    ],
+)
+def test_files_that_are_not_text_say_what_they_are(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, content: bytes, kind: str
+) -> None:
+    (tmp_path / "train.jsonl").write_bytes(content)
+    assert f"begins as a {kind} file does" in refusal(data(tmp_path / "train.jsonl"), tokenizer)
 
 
 def test_a_list_of_objects_names_the_bad_item(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -56,7 +56,8 @@ class RolloutConfig:
     """Most tokens in one forward pass of an engine; null leaves it to vLLM."""
     seed_per_request: bool = True
     """Give every sample a generator of its own, so that samples do not depend on how many engines there are; false
-    draws for whole batches, which is faster on a GPU."""
+    draws for whole batches, which is faster on a GPU. Colocated only: remote servers always draw for whole batches, so
+    that what they sample is not the same twice."""
     enforce_eager: bool = False
     """Run vLLM without CUDA graphs."""
     kv_cache_gb: float = 1.0

@@ -6,6 +6,8 @@ says what is wrong with it. What makes the whole source unreadable (no such file
 `DataError`. `collect` turns rows into items and applies what the config says about bad and over-long ones.
 
 JSON is read strictly: UTF-8 only (a BOM is skipped), no NUL, no NaN or Infinity literals, no key twice in one object.
+A line of more than 16 MiB is a bad row and is never whole in memory.
+Compressed files are refused by name or by their first bytes, before anything is unpacked.
 """
 
 import contextlib
@@ -14,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar
 
 import datasets
 import pyarrow
@@ -25,6 +27,19 @@ from megarl.config import DataConfig
 T = TypeVar("T")
 
 UTF8_BOM = b"\xef\xbb\xbf"
+MAX_LINE_BYTES = 16 << 20
+_PIECE_BYTES = 1 << 20
+# How files begin that are not text in UTF-8.
+OTHER_FILES = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"\x28\xb5\x2f\xfd": "Zstandard",
+    b"\xfd7zXZ\0": "xz",
+    b"BZh": "bzip2",
+    b"PAR1": "Parquet",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
 MAX_LISTED = 10
 JSON_TYPES = {
     dict: "an object",
@@ -130,14 +145,19 @@ def read_rows(source: str, subset: str | None, split: str) -> Iterator[tuple[str
             raise DataError(f"{source}: no such file (looked in {Path.cwd()})")
         return readers[path.suffix](path)
     if path.is_file():
-        raise DataError(f"{source}: unknown kind of file; expected {', '.join(readers)} or the name of a data set")
+        kinds = f"expected {', '.join(readers)} or the name of a data set"
+        raise DataError(f"{source}: unknown kind of file; {kinds}; compressed files have to be unpacked first")
     return read_named(source, subset, split)
 
 
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any] | RecordError]]:
     """One object per line; blank lines are skipped but counted."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
+    with path.open("rb") as file:
+        refuse_other_files(path, file.peek(8))
+        for number, line in enumerate(lines_of(file), start=1):
+            if isinstance(line, RecordError):
+                yield f":{number}", line
+                continue
             line = line.removeprefix(UTF8_BOM) if number == 1 else line
             if line.strip():
                 try:
@@ -146,10 +166,43 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any] | RecordError]]
                     yield f":{number}", error
 
 
+def refuse_other_files(path: Path, first: bytes) -> None:
+    """Raise DataError for what is no text in UTF-8, whatever the file is called."""
+    for magic, kind in OTHER_FILES.items():
+        if first.startswith(magic):
+            raise DataError(f"{path}: begins as a {kind} file does; give it as text in UTF-8, and not compressed")
+
+
+def lines_of(file: BinaryIO) -> Iterator[bytes | RecordError]:
+    """Lines with their ends; in place of one that is too long, an error that says how long it is."""
+    pieces: list[bytes] = []
+    length = 0
+    while piece := file.readline(_PIECE_BYTES):
+        length += len(piece)
+        if length > MAX_LINE_BYTES:
+            pieces.clear()
+        else:
+            pieces.append(piece)
+        if piece.endswith(b"\n"):
+            yield whole_line(pieces, length)
+            pieces, length = [], 0
+    if length:
+        yield whole_line(pieces, length)
+
+
+def whole_line(pieces: list[bytes], length: int) -> bytes | RecordError:
+    """The line of these pieces, of which there are none where it is too long."""
+    if length > MAX_LINE_BYTES:
+        return RecordError(f"the line has {length} bytes, more than {MAX_LINE_BYTES}")
+    return b"".join(pieces)
+
+
 def read_json(path: Path) -> Iterator[tuple[str, dict[str, Any] | RecordError]]:
     """A file that holds one list of objects."""
+    content = path.read_bytes()
+    refuse_other_files(path, content[:8])
     try:
-        rows = parse_json(path.read_bytes().removeprefix(UTF8_BOM))
+        rows = parse_json(content.removeprefix(UTF8_BOM))
     except RecordError as error:
         raise DataError(f"{path}: {error}") from error
     if not isinstance(rows, list):
