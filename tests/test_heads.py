@@ -1,5 +1,7 @@
 """The chunked head against plain autograd on whole logits, in fp32, values and gradients."""
 
+import math
+
 import pytest
 import torch
 
@@ -41,3 +43,21 @@ def test_logits_far_apart_do_not_overflow():
     hidden, weight = torch.tensor([[1e4]]), torch.tensor([[1.0], [0.0], [-1.0]])
     logps, entropy = token_logprobs(hidden, weight, torch.tensor([0]), VocabShard(0, 3, None), 1.0, 8)
     assert logps.item() == 0.0 and entropy.item() == 0.0
+
+
+def test_probabilities_that_bf16_and_fp32_cannot_hold():
+    """Logits 0, -96, -200 and -1024 behind a bf16 head: e^-96 is less than the least normal number of bf16 and fp32,
+    the others are 0. Log-probs are the logits to the bit, entropy is 97 e^-96 at most, and d logp[k] / d hidden =
+    w[k] - w[0], but for terms of 96^2 e^-96."""
+    weight = torch.tensor([[0.0, 1.0], [-96.0, 1.0], [-200.0, 1.0], [-1024.0, 1.0]], dtype=torch.bfloat16)
+    hidden = torch.tensor([[1.0, 0.0]] * 4, dtype=torch.bfloat16, requires_grad=True)
+    weight.requires_grad_()
+    logps, entropy = token_logprobs(hidden, weight, torch.arange(4), VocabShard(0, 4, None), 1.0, 3)
+    assert logps.tolist() == [0, -96, -200, -1024]
+    assert all(0 <= value <= 97 * math.exp(-96) for value in entropy.tolist())
+    (logps.sum() + entropy.sum()).backward()
+    expected = torch.tensor([[0.0, 0], [-96, 0], [-200, 0], [-1024, 0]], dtype=torch.bfloat16)
+    torch.testing.assert_close(hidden.grad, expected, rtol=0, atol=1e-36)
+    # Four targets, one a row; each row takes its whole probability from token 0.
+    expected = torch.tensor([[-3.0, 0], [1, 0], [1, 0], [1, 0]], dtype=torch.bfloat16)
+    torch.testing.assert_close(weight.grad, expected, rtol=0, atol=1e-36)

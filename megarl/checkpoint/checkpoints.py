@@ -380,7 +380,7 @@ class Checkpoints:
         try:
             policy.save_hf(target, self.cfg.weight_sync.bucket_size_mb << 20)
         except OSError as reason:  # the same on all ranks
-            self._failed(step, "export", str(reason))
+            self._failed(step, "export", f"{target}: {reason}")
             return
         if "model" not in self.cfg.checkpoint.save_contents:
             self._prune(step)

@@ -142,7 +142,21 @@ def one_replica_has_nothing(
     recipe: str, model: str, overrides: list[str], samples: list[dict[str, Any]]
 ) -> dict[str, Any]:
     """A GRPO update with every term of the loss, all of whose samples are on replica 0."""
+    return _on_one_replica(engine_of(recipe, model, overrides), samples)
+
+
+def one_replica_underflows(
+    recipe: str, model: str, overrides: list[str], samples: list[dict[str, Any]]
+) -> tuple[dict[str, Any], float, bool]:
+    """As `one_replica_has_nothing`. Returns (metrics, the least log-probability before the update, whether all weights
+    of this rank are finite after it)."""
     engine = engine_of(recipe, model, overrides)
+    lowest = min(float(logps.min()) for logps in engine.logps([Sample(**fields) for fields in samples]))
+    metrics = _on_one_replica(engine, samples)
+    return metrics, lowest, all(bool(torch.isfinite(p).all()) for p in engine.model.parameters())
+
+
+def _on_one_replica(engine: Engine, samples: list[dict[str, Any]]) -> dict[str, Any]:
     mine = [Sample(**fields) for fields in samples] if engine.mesh.dp_rank == 0 else []
     for sample in mine:
         sample.advantage = 1.0

@@ -300,6 +300,34 @@ def test_a_replica_without_samples_takes_part(ranks, tiny_hf, recipe):
         assert metrics == pytest.approx(alone, rel=1e-5)
 
 
+@pytest.fixture(scope="module")
+def far_apart(tiny_hf, tmp_path_factory):
+    """A model whose logits are thousands apart."""
+    from transformers import AutoModelForCausalLM
+
+    path = tmp_path_factory.mktemp("far-apart")
+    model = AutoModelForCausalLM.from_pretrained(tiny_hf("llama"), dtype=torch.float32)
+    model.lm_head.weight.data.mul_(1e4)
+    model.save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("name", ["1 rank", "TP2 SP", "DP2", "PP2"])
+def test_probabilities_under_what_bf16_can_hold_are_a_finite_update(ranks, recipe, far_apart, name):
+    """Log-probs of -1000 and less, which are no probability even in fp32, against a rollout and a reference of -3: one
+    response of one token, one of 13, and on two replicas one that has neither. The same numbers on all ranks, finite
+    weights, and the one measure that multiplies probabilities says that they are infinitely far apart."""
+    world, overrides = layout(name)
+    terms = ["loss.kl_loss_coef=0.1", "loss.truncated_importance_sampling_type=tis", "model.dtype=bf16"]
+    arguments = {"recipe": recipe, "model": far_apart, "samples": random_samples([2, 15])}
+    outcomes = ranks.run(model_cases.one_replica_underflows, world, overrides=[*overrides, *terms], **arguments)
+    for metrics, lowest, finite in outcomes:
+        assert finite and lowest < -1000
+        assert metrics == outcomes[0][0]
+        assert [n for n, value in metrics.items() if not np.isfinite(value)] == ["token_mult_prob_error"], metrics
+    assert outcomes[0][0]["grad_norm"] > 0
+
+
 def test_poison_on_one_replica_stops_all_before_the_optimizer(ranks, tiny_hf, recipe):
     path = str(tiny_hf("qwen2", tie_word_embeddings=True))
     arguments = {"recipe": recipe, "model": path, "overrides": layout("DP2")[1], "samples": random_samples([9, 14])}

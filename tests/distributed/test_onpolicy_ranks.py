@@ -220,6 +220,83 @@ def test_dynamic_sampling_draws_until_it_has_enough(ranks, recipe, alone, record
     assert first["dynamic_sampling/num_gen_batches"] >= 2 and first["reward/errors"] == 8 * 4
 
 
+RAISING = 'reward.functions=[{name: "tests.fixtures.digits:raises_on_seven"}]'
+
+
+@pytest.mark.slow
+def test_responses_that_end_with_their_first_token(ranks, recipe, alone, record_property):
+    """Whatever it is: every token of the vocabulary stops."""
+    words = len(json.loads((_model(recipe) / "tokenizer.json").read_text())["model"]["vocab"])
+    more = [f"rollout.stop_token_ids={list(range(words))}"]
+    steps = check(ranks, recipe, alone, "grpo", ["DP2"], record_property, more, steps=2)
+    for step in steps:
+        assert step["response_length/min"] == step["response_length/max"] == 1
+        assert step["response_length/clip_ratio"] == 0 and step["actor/grad_norm"] > 0
+
+
+# All responses end at the limit, and none counts; or all rewards are alike. So few that in some step none of them is an
+# EOS, which is one token of 19.
+FEW = ["rollout.num_prompts_per_step=2", "rollout.num_generations_per_prompt=2", "train.train_global_batch_size=4"]
+NOTHING_TO_LEARN = {
+    "truncated": [*FEW, "rollout.max_response_length=1", "reward.overlong_filtering=true"],
+    "alike": ['reward.functions=[{name: "tests.fixtures.digits:all_alike"}]'],
+}
+
+
+@pytest.mark.parametrize("why", ["truncated", pytest.param("alike", marks=pytest.mark.slow)])
+def test_a_step_without_anything_to_learn_is_no_gradient_at_all(ranks, recipe, why):
+    more = [*METHODS["grpo"], *NOTHING_TO_LEARN[why], "run.max_num_steps=4"]
+    steps = curve(ranks, recipe, f"nothing-{why}", "DP2", more)
+    assert len(steps) == 4 and all(math.isfinite(value) for step in steps for value in step.values())
+    name = {"truncated": "actor/tokens", "alike": "reward/std"}[why]
+    without = [step for step in steps if step[name] == 0]
+    assert len(without) >= (1 if why == "truncated" else 4)
+    for step in without:
+        assert step["actor/loss"] == step["actor/grad_norm"] == 0
+        assert why == "alike" or step["response_length/clip_ratio"] == 1
+
+
+@pytest.mark.parametrize("name", ["grpo", pytest.param("ppo", marks=pytest.mark.slow)])
+def test_a_replica_without_a_sequence(ranks, recipe, alone, record_property, name):
+    """Of two prompts with a sample each the first has no reward: one of two replicas gets nothing, policy and critic,
+    and the curve is one rank's. Either engine samples one."""
+    path = recipe.parent / "every-other.jsonl"
+    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for b in range(1, 6) for a in (7, b)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    small = ["rollout.num_prompts_per_step=2", "rollout.num_generations_per_prompt=1", "rollout.tensor_parallel_size=1"]
+    more = [*small, "train.train_global_batch_size=2", f"data.path={path}", "data.shuffle=false", RAISING]
+    if name == "grpo":
+        more += ["advantage.adv_estimator=reinforce", "advantage.baseline=none", "loss.policy_loss=reinforce"]
+        more += ["train.ppo_epochs=1"]
+    steps = check(ranks, recipe, alone, name, ["DP2"], record_property, more, steps=4)
+    assert all(step["reward/errors"] == 1 for step in steps)
+    assert steps[-1]["actor/grad_norm"] > 0
+
+
+@pytest.mark.slow
+def test_an_engine_without_a_prompt(ranks, recipe, alone, record_property):
+    """One prompt for two engines: the second samples nothing, and both replicas train."""
+    more = ["rollout.num_prompts_per_step=1", "train.train_global_batch_size=4", "rollout.tensor_parallel_size=1"]
+    check(ranks, recipe, alone, "grpo", ["DP2"], record_property, more, steps=2)
+
+
+def test_a_step_whose_groups_are_all_dropped_ends_all_ranks_alike(ranks, recipe):
+    path = recipe.parent / "only-sevens.jsonl"
+    path.write_text("".join(json.dumps({"prompt": f"7+{b}=", "answer": str(7 + b)}) + "\n" for b in range(8)))
+    with pytest.raises(AssertionError) as caught:
+        curve(ranks, recipe, "only-sevens", "DP2", [f"data.path={path}", RAISING])
+    said = "EmptyStepError: no group of this step could be scored; the first of 32 errors: prompt only-sevens.jsonl:"
+    assert str(caught.value).count(said) == 2
+
+
+def _model(recipe):
+    from pathlib import Path
+
+    from megarl.config import load
+
+    return Path(load([str(recipe)]).model.path)
+
+
 @pytest.mark.parametrize("name, calls", [("remax", [(1, 0.0), (4, 1.0)]), ("online-dpo", [(4, 1.0)])])
 def test_further_rollouts_are_the_same_engines(ranks, recipe, name, calls):
     """Two steps, each with greedy responses and others in turn, or with the samples that pairs are made of."""
