@@ -113,20 +113,32 @@ class Checkpoints:
     def resume(self) -> int:
         """Load what the run goes on from, if anything. Returns the last step that is done: 0 for a run that begins."""
         if self.mesh.rank == 0:
-            for path in disk.leftovers(self.root):
-                disk.remove(path)
+            with self._clearing_away():
+                for path in disk.leftovers(self.root):
+                    disk.remove(path)
         if (found := self.run.resumed) is None:
             return 0
         self._load(found.folder, found.manifest)
         self.step = self._saved = found.manifest.step
         self._tell(found)
         if found.in_place and self.mesh.rank == 0:
-            for path in disk.finished(self.root):
-                if (disk.step_of(path) or 0) > self.step and not any(str(path) in said for said in found.skipped):
-                    path.rename(path.with_name(path.name + f".before-{int(time.time())}"))
-            disk.point(self.root, self.step)
+            with self._clearing_away():
+                for path in disk.finished(self.root):
+                    if (disk.step_of(path) or 0) > self.step and not any(str(path) in said for said in found.skipped):
+                        path.rename(path.with_name(path.name + f".before-{int(time.time())}"))
+                if disk.pointed(self.root) != self.step:
+                    disk.point(self.root, self.step)
         dist.barrier(group=self.mesh.host_group)
         return self.step
+
+    @contextlib.contextmanager
+    def _clearing_away(self) -> Iterator[None]:
+        """Where the disk refuses, the run says so and begins: what its saves come to is `checkpoint.on_save_error`."""
+        try:
+            yield
+        except OSError as reason:
+            said = f"what an earlier start left in {self.root} could not be cleared away: {reason}"
+            self.run.events(self.step, [said], kind="checkpoint")
 
     def steps(self, total: int, on_rollback: Callable[[], None] = lambda: None) -> Iterator[int]:
         """The steps that are left of ``total``. ``on_rollback`` is called when older weights were loaded."""

@@ -43,6 +43,10 @@ def recipe(tiny_chat_model, tmp_path):
     return path
 
 
+# Some 20 s of steps: a rank that gets a SIGTERM first looks for a few seconds whether its peers are alive.
+LONG = 400
+
+
 def start(recipe, *overrides, before=None):
     command = [sys.executable, "-m", "megarl", "train", str(recipe), *overrides]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -66,11 +70,17 @@ def ranks_of(job):
     raise AssertionError(f"no ranks: {job.communicate()[0]}")
 
 
-def wait_for_step(recipe, step, job):
+def written_at(recipe):
+    path = recipe.parent / "faults" / "metrics.jsonl"
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def wait_for_step(recipe, step, job, since=0):
+    """``since``: when metrics were last written to before this job, which begins by cutting off what it does again."""
     end = time.monotonic() + 120
     path = recipe.parent / "faults" / "metrics.jsonl"
     while time.monotonic() < end and job.poll() is None:
-        if path.exists() and path.read_text().count("\n") >= step:
+        if written_at(recipe) > since and path.read_text().count("\n") >= step:
             return
         time.sleep(0.02)
     raise AssertionError(f"step {step} was not reached: {job.communicate()[0]}")
@@ -94,22 +104,24 @@ def finish(recipe, *overrides, before=None):
     return out
 
 
-def straight(recipe):
-    finish(recipe, "run.name=straight", "checkpoint.save_period=0", "checkpoint.save_at_end=false")
+def straight(recipe, *overrides):
+    finish(recipe, *overrides, "run.name=straight", "checkpoint.save_period=0", "checkpoint.save_at_end=false")
     return [record["actor/loss"] for record in read_metrics(recipe.parent / "straight")]
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("save", ["sync", "async"])
 def test_kill_9_at_any_moment_loses_no_more_than_a_period(recipe, save):
     """Five kills at random moments, then to the end: the losses are those of a run that nobody touched."""
-    expected, chance = straight(recipe), random.Random(save)
-    mode = f"checkpoint.async_save={'true' if save == 'async' else 'false'}"
+    steps = 200
+    expected, chance = straight(recipe, f"run.max_num_steps={steps}"), random.Random(save)
+    mode = [f"checkpoint.async_save={'true' if save == 'async' else 'false'}", f"run.max_num_steps={steps}"]
     for _ in range(5):
-        job = start(recipe, mode)
+        before, since = disk.pointed(recipe.parent / "faults" / "checkpoints") or 0, written_at(recipe)
+        job = start(recipe, *mode)
         pids = ranks_of(job)
-        before = disk.pointed(recipe.parent / "faults" / "checkpoints") or 0
-        wait_for_step(recipe, min(before + 3, 38), job)
+        wait_for_step(recipe, min(before + 3, steps - 2), job, since)
         time.sleep(chance.random())
         done = len(losses(recipe))
         os.kill(chance.choice(pids), signal.SIGKILL)
@@ -120,7 +132,7 @@ def test_kill_9_at_any_moment_loses_no_more_than_a_period(recipe, save):
         assert done - newest <= 8  # a period, and another while its checkpoint is being written
         if job.returncode == 0:
             break
-    finish(recipe, mode)
+    finish(recipe, *mode)
     assert losses(recipe) == expected
     assert disk.leftovers(recipe.parent / "faults" / "checkpoints") == []
 
@@ -178,35 +190,37 @@ def test_killed_at_every_write_point(recipe, tmp_path, save):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_one_rank_saves_and_stops_all(recipe, number):
-    expected = straight(recipe)
-    job = start(recipe)
+    steps = f"run.max_num_steps={LONG}"
+    expected = straight(recipe, steps)
+    job = start(recipe, steps)
     pids = ranks_of(job)
     wait_for_step(recipe, 5, job)
     os.kill(pids[1], number)
     out, _ = job.communicate(timeout=120)
     assert job.returncode == 75 and "Exit code 75" in out and gone(pids), out
     stopped = len(losses(recipe))
-    assert disk.verify(disk.finished(recipe.parent / "faults" / "checkpoints")[0]).step == stopped < 40
-    assert f"resumed from step {stopped}" in finish(recipe)
+    assert disk.verify(disk.finished(recipe.parent / "faults" / "checkpoints")[0]).step == stopped < LONG
+    assert f"resumed from step {stopped}" in finish(recipe, steps)
     assert losses(recipe) == expected
 
 
 @pytest.mark.slow
 def test_a_signal_to_the_launcher_saves_and_a_second_ends_at_once(recipe):
-    job = start(recipe)
+    job = start(recipe, f"run.max_num_steps={LONG}")
     wait_for_step(recipe, 5, job)
     job.send_signal(signal.SIGUSR1)
     out, _ = job.communicate(timeout=120)
     assert job.returncode == 75 and "stopped after step" in out and "SIGUSR1" in out, out
-    job = start(recipe)
+    since = written_at(recipe)
+    job = start(recipe, f"run.max_num_steps={LONG}")
     pids = ranks_of(job)
-    wait_for_step(recipe, len(losses(recipe)) + 2, job)
+    wait_for_step(recipe, len(losses(recipe)) + 2, job, since)
     os.kill(pids[0], signal.SIGSTOP)  # a step that does not end
-    os.kill(pids[1], signal.SIGTERM)
-    time.sleep(5)
-    os.kill(pids[1], signal.SIGTERM)
+    os.kill(pids[1], signal.SIGUSR1)
+    time.sleep(2)
+    os.kill(pids[1], signal.SIGUSR1)
     out, _ = job.communicate(timeout=120)
-    assert gone(pids), out
+    assert "told to stop a second time (SIGUSR1)" in out and job.returncode == 1 and gone(pids), out
     disk.verify(disk.finished(recipe.parent / "faults" / "checkpoints")[0])
 
 
