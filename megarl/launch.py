@@ -26,14 +26,13 @@ def main(argv: list[str]) -> int:
 
     from megarl.train import EXIT_REQUEUE
 
-    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", SIGNALS)
     # A rank with another parent knows that this process died before it could ask the kernel to be told.
     os.environ["MEGARL_LAUNCHER"] = str(os.getpid())
     with tempfile.TemporaryDirectory(prefix="megarl-launch-") as folder:
         saved = Path(folder) / "saved"
         os.environ[SAVED] = str(saved)
         try:
-            run(parse_args(argv))
+            run(parse_args([f"--signals-to-handle={SIGNALS}", *argv]))
         except (ChildFailedError, SignalException) as ended:
             if saved.exists():
                 return EXIT_REQUEUE

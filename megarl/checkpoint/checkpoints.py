@@ -211,7 +211,8 @@ class Checkpoints:
         if not mine:
             return
         everyone = [said for each in gather_objects(mine, self.mesh.host_group) for said in each]
-        culprits = [said for said in everyone if NonFiniteError.HERE in said] or everyone
+        began = (NonFiniteError.OWN, NonFiniteError.HERE, "")
+        culprits = next(found for mark in began if (found := [said for said in everyone if mark in said]))
         self.run.events(self.step, culprits, kind="non-finite")
 
     def _stop(self) -> None:

@@ -48,7 +48,9 @@ Loss = Callable[[Tensor, MicroBatch], tuple[Tensor, dict[str, Tensor]]]
 class NonFiniteError(RuntimeError):
     """A loss or gradient is NaN or infinite. The optimizer has not stepped, on any rank."""
 
-    HERE = "gradient not finite here"  # in the message of the ranks where it began
+    # In the messages of ranks where it may have begun: gradients are summed over replicas, losses of samples are not.
+    OWN = "its own samples' part not finite"
+    HERE = "gradient not finite here"
 
 
 def _raise(error: NonFiniteError) -> None:
@@ -184,7 +186,8 @@ class Engine:
             if not everywhere:
                 again = self._computed_again(batches, loss, by_response, aux_scale)
                 self._forget_gradients()
-                self.refused(self._poison(metrics["loss"], here, samples, *again))
+                own = all(bool(torch.isfinite(part["loss"])) for part in sums)
+                self.refused(self._poison(metrics["loss"], own, here, samples, *again))
             elif metrics[
                 "tokens"
             ]:  # else there is nothing to learn from: Adam's moments and step count stay as they are
@@ -444,10 +447,12 @@ class Engine:
         return everywhere, names
 
     def _poison(
-        self, loss: float, finite: bool, samples: list[Sample], transient: bool, names: list[str]
+        self, loss: float, own: bool, finite: bool, samples: list[Sample], transient: bool, names: list[str]
     ) -> NonFiniteError:
-        """This rank's reason to refuse the update."""
+        """This rank's reason to refuse the update. ``own``, ``finite``: whether its own samples' part of the loss is a
+        finite number, and its gradient."""
         where = "gradient finite here" if finite else NonFiniteError.HERE
+        where = where if own else NonFiniteError.OWN
         listed = "; ".join(names[:4] or [sample.name for sample in samples[:4]]) or "no samples"
         if len(names or samples) > 4:
             listed += f" and {len(names or samples) - 4} more"

@@ -43,8 +43,8 @@ def recipe(tiny_chat_model, tmp_path):
     return path
 
 
-# Some 20 s of steps: a rank that gets a SIGTERM first looks for a few seconds whether its peers are alive.
-LONG = 400
+# Ten seconds of steps: a rank that gets a SIGTERM first looks for a few seconds whether its peers are alive.
+LONG = 250
 
 
 def start(recipe, *overrides, before=None):
