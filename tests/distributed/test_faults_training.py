@@ -113,11 +113,11 @@ def straight(recipe, *overrides):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("save", ["sync", "async"])
 def test_kill_9_at_any_moment_loses_no_more_than_a_period(recipe, save):
-    """Five kills at random moments, then to the end: the losses are those of a run that nobody touched."""
-    steps = 200
+    """Three kills at random moments, then to the end: the losses are those of a run that nobody touched."""
+    steps = 150
     expected, chance = straight(recipe, f"run.max_num_steps={steps}"), random.Random(save)
     mode = [f"checkpoint.async_save={'true' if save == 'async' else 'false'}", f"run.max_num_steps={steps}"]
-    for _ in range(5):
+    for _ in range(3):
         before, since = disk.pointed(recipe.parent / "faults" / "checkpoints") or 0, written_at(recipe)
         job = start(recipe, *mode)
         pids = ranks_of(job)
