@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -108,6 +109,10 @@ def _serve(rank: int, pipe: Connection) -> None:
             pipe.send((case(**kwargs), None))
         except Exception:  # the test in the parent raises it, with this traceback
             pipe.send((None, traceback.format_exc()))
+        if "vllm.distributed.parallel_state" in sys.modules:
+            from megarl.rollout.vllm_process import leave_process_groups
+
+            leave_process_groups(own_default_group=False)  # an engine is not closed where its run was to fail
         if dist.is_initialized():
             from megatron.core import parallel_state
 
