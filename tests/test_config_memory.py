@@ -18,7 +18,8 @@ PRECISION = {
     "checkpoint.save_contents": "[hf]",
     "checkpoint.resume_mode": "disable",
 }
-CP = "parallel.context_parallel_size"
+CP, DYNAMIC_CP = "parallel.context_parallel_size", "parallel.dynamic_context_parallel"
+GPUS = "cluster.gpus_per_node"
 
 
 @pytest.mark.parametrize(
@@ -37,6 +38,38 @@ def test_levers_that_do_not_fit(recipe: Callable[..., Path], settings: dict[str,
     found = problems(recipe(), *overrides(settings), check_model=False)
     assert len(found) == 1, found
     assert said in found[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({DYNAMIC_CP: True}, f"{CP} = 1 is no power of two above 1"),
+        ({DYNAMIC_CP: True, GPUS: 6, CP: 6}, f"{CP} = 6 is no power of two above 1"),
+        (
+            {DYNAMIC_CP: True, GPUS: 2, CP: 2, "parallel.moe_token_dispatcher_type": "allgather"},
+            f"{DYNAMIC_CP} = true does not go with it: parallel.moe_token_dispatcher_type = allgather takes packs",
+        ),
+        (
+            {DYNAMIC_CP: True, GPUS: 2, CP: 2, "model.moe_aux_loss_coeff": 0.01},
+            f"{DYNAMIC_CP} = true does not go with it: model.moe_aux_loss_coeff > 0 counts each pack's tokens",
+        ),
+        (
+            {
+                DYNAMIC_CP: True,
+                GPUS: 2,
+                CP: 2,
+                "model.recompute_granularity": "selective",
+                "model.recompute_modules": "[mla_up_proj]",
+            },
+            f"{DYNAMIC_CP} = true does not go with it: model.recompute_modules mla_up_proj rotates again",
+        ),
+    ],
+)
+def test_what_does_not_go_with_ranks_that_change(
+    recipe: Callable[..., Path], settings: dict[str, Any], said: str
+) -> None:
+    found = problems(recipe(), *overrides(settings), check_model=False)
+    assert any(said in problem for problem in found), found
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megarl.data.packing import balance, microbatches_of, pack, token_weights
+from megarl.data.packing import balance, microbatches_of, pack, packs_of, token_weights
 from megarl.data.records import Sample
 from megarl.model.flops import ModelFlops
 
@@ -35,6 +35,50 @@ def test_microbatches_respect_the_budget(lengths, budget):
     groups = microbatches_of(lengths, budget)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     assert all(0 < sum(lengths[i] for i in group) <= budget for group in groups)
+
+
+def test_as_few_ranks_share_a_sequence_as_hold_it():
+    """Of four ranks with 16 positions each. 60 positions take all four (60 to a multiple of 8 is 64 = 4 x 16), 30 take
+    two (32 = 2 x 16), and those of up to 16 one each, the dearer ones to the ranks that have less to do."""
+    lengths = [60, 30, 16, 12, 10, 10]
+    packs = packs_of([[n] for n in lengths], 16, lengths, ranks=4, dynamic=True)
+    assert [(one.items, one.size, one.first) for one in packs] == [
+        ([0], 4, 0),
+        ([1], 2, 0),
+        # Ranks have 15 + 15, 30, 15 and 15 positions' work by now. 16 goes to the third, 12 to the fourth, 10 too (that
+        # has 27 then), in a pack of its own, and the last one to the first.
+        ([5], 1, 0),
+        ([2], 1, 2),
+        ([3], 1, 3),
+        ([4], 1, 3),
+    ]
+    assert [one.is_on(1) for one in packs] == [True, True, False, False, False, False]
+    whole = packs_of([[n] for n in lengths], 16, lengths, ranks=4)
+    assert {(one.size, one.first) for one in whole} == {(4, 0)}
+
+
+def test_a_short_sequence_that_is_all_the_work_is_shared():
+    """One sequence of 16 fits each rank. On one of them the other would wait: half of the work is 8."""
+    (one,) = packs_of([[16]], 16, [16.0], ranks=2, dynamic=True)
+    assert one.size == 2
+    assert [one.size for one in packs_of([[16], [16]], 16, [16.0, 16.0], ranks=2, dynamic=True)] == [1, 1]
+
+
+@given(lengths_of, st.sampled_from([1, 2, 4, 8]), st.booleans())
+def test_packs_have_every_sequence_once_and_fit(lengths, ranks, dynamic):
+    packs = packs_of([[n] for n in lengths], 56, lengths, ranks, dynamic)
+    assert sorted(i for one in packs for i in one.items) == list(range(len(lengths)))
+    for one in packs:
+        each = 2 * one.size if one.size > 1 else 1
+        assert 0 < sum(-(-lengths[i] // each) * each for i in one.items) <= 56 * one.size
+    for rank in range(ranks):  # two ranks that share a pack meet at the same number of packs
+        mine = [one for one in packs if one.is_on(rank)]
+        assert [one.size for one in mine] == sorted((one.size for one in mine), reverse=True)
+        for at, one in enumerate(mine):
+            for other in range(one.first, one.first + one.size):
+                assert [p for p in packs if p.is_on(other)][at] is one
+    work = [sum(lengths[i] / one.size for one in packs if one.is_on(rank) for i in one.items) for rank in range(ranks)]
+    assert max(work) <= 2 * sum(lengths) / ranks + 1e-9  # no sequence is more than a fair share
 
 
 def test_a_sequence_over_the_budget_is_refused():

@@ -18,6 +18,7 @@ from megarl.config.running import check_running
 from megarl.config.sizes import (
     CP,
     DISPATCHER,
+    DYNAMIC_CP,
     EP,
     ETP,
     FIRST,
@@ -122,6 +123,7 @@ def _layout(cfg: "Config") -> Problems:
             f"{world} ranks / ({words}) = {replicas}",
             (*WORLD, TP, PP, CP, "train.train_global_batch_size"),
         )
+    yield from _dynamic_context(cfg)
     if cfg.parallel.moe_token_dispatcher_type == "allgather" and pp > 1:
         text = (
             f"{DISPATCHER} = allgather takes packs of one length, which stages do not send: {PP} = {pp}; set alltoall"
@@ -139,6 +141,33 @@ def _layout(cfg: "Config") -> Problems:
     for path, layers in ((FIRST, first_stage(cfg)), (LAST, last_stage(cfg))):
         if layers is not None and pp == 1:
             yield Problem(f"{path} = {layers} needs more than one stage, but {PP} = 1", (path, PP))
+
+
+def _dynamic_context(cfg: "Config") -> Problems:
+    """What knows of the whole context-parallel group only."""
+    if not cfg.parallel.dynamic_context_parallel:
+        return
+    cp = cfg.parallel.context_parallel_size
+    if cp < 2 or cp & (cp - 1):
+        text = f"{DYNAMIC_CP} halves groups of {CP} ranks again and again: {CP} = {cp} is no power of two above 1"
+        yield Problem(text, (DYNAMIC_CP, CP))
+    clashes = {
+        f"{DISPATCHER} = allgather takes packs of one length": (
+            DISPATCHER,
+            cfg.parallel.moe_token_dispatcher_type == "allgather",
+        ),
+        "model.moe_aux_loss_coeff > 0 counts each pack's tokens over the whole group": (
+            "model.moe_aux_loss_coeff",
+            cfg.model.moe_aux_loss_coeff > 0,
+        ),
+        "model.recompute_modules mla_up_proj rotates again in backward, by what the last pack's ranks are": (
+            "model.recompute_modules",
+            "mla_up_proj" in cfg.model.recompute_modules,
+        ),
+    }
+    for why, (path, wished) in clashes.items():
+        if wished:
+            yield Problem(f"{DYNAMIC_CP} = true does not go with it: {why} (megatron-core)", (DYNAMIC_CP, path))
 
 
 def _expert_layout(cfg: "Config") -> Problems:

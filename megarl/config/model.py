@@ -62,6 +62,8 @@ class ParallelConfig:
     """Chunks of layers that each stage holds and works on in turn, so that it waits less; null does not interleave."""
     context_parallel_size: int = 1
     """Ranks that share the tokens of each sequence: for long ones."""
+    dynamic_context_parallel: bool = False
+    """Let 1, 2, 4, ... of those ranks share a sequence, as many as its length asks for; short ones stay on one each."""
     sequence_parallel: bool = False
     """Divide activations outside the matrices over the tensor-parallel ranks too."""
     expert_model_parallel_size: int = 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,13 +18,71 @@ from megarl.data.records import MicroBatch, Sample
 LOSS_AGG_MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm")
 
 
-def balance(costs: Sequence[float], parts: int) -> list[list[int]]:
+@dataclass(frozen=True)
+class Pack:
+    """Items that share a microbatch, and the ranks of a context-parallel group that share them."""
+
+    items: list[int]
+    size: int
+    first: int  # the first of ``size`` neighbours
+
+    def is_on(self, rank: int) -> bool:
+        return self.first <= rank < self.first + self.size
+
+
+def packs_of(
+    positions: Sequence[Sequence[int]], budget: int, costs: Sequence[float], ranks: int, dynamic: bool = False
+) -> list[Pack]:
+    """The microbatches of a context-parallel group of ``ranks``, in the order in which each rank works on its own.
+
+    All ranks share every pack, unless ``dynamic``: then an item goes to as few of them (1, 2, 4, ...) as hold it within
+    ``budget`` positions each, and as keep its part of the work from being more than a rank's fair share. Packs that
+    many share come first, so that they meet all of them at the same number of packs.
+
+    Args:
+        positions: of the sequences of each item, which stays whole.
+        costs: of each item, in any unit.
+        ranks: a power of two, if ``dynamic``.
+    """
+    sizes = [1 << k for k in range(ranks.bit_length())] if dynamic else [ranks]
+    fair = sum(costs) / ranks
+    padded = {size: [_padded(item, size) for item in positions] for size in sizes}
+    room = {size: _padded([budget * size], size) for size in sizes}
+
+    def size_of(i: int) -> int:
+        fit = (size for size in sizes if padded[size][i] <= room[size] and costs[i] / size <= fair * (1 + 1e-9))
+        return next(fit, ranks)
+
+    wanted = [size_of(i) for i in range(len(positions))]
+    packs, loads = [], [0.0] * ranks
+    for size in reversed(sizes):
+        members = [i for i, want in enumerate(wanted) if want == size]
+        firsts = range(0, ranks, size)
+        dealt = balance([costs[i] / size for i in members], len(firsts), [loads[first] for first in firsts])
+        for first, group in zip(firsts, dealt, strict=True):
+            items = [members[at] for at in group]
+            mine = [costs[i] for i in items]
+            found = microbatches_of([padded[size][i] for i in items], room[size], mine)
+            packs += [Pack([items[at] for at in pack], size, first) for pack in found]
+            loads[first : first + size] = [loads[first] + sum(mine) / size] * size
+    return packs
+
+
+def _padded(positions: Sequence[int], size: int) -> int:
+    """What sequences take where ``size`` ranks share each: a multiple of 2 x ``size`` (`megarl.parallel.context`)."""
+    each = 2 * size if size > 1 else 1
+    return sum(-(-n // each) * each for n in positions)
+
+
+def balance(costs: Sequence[float], parts: int, loads: Sequence[float] | None = None) -> list[list[int]]:
     """Deal items into ``parts`` groups of nearly equal total cost: dearest first, each to the cheapest group.
+    ``loads``: what the groups have to do already.
 
     Graham's longest-processing-time rule: at most 4/3 of the best possible maximum. Items come back in their own order.
     What a sequence costs grows faster than its length: attention goes by the square (`megarl.model.flops`).
     """
-    heap = [(0.0, part) for part in range(parts)]
+    heap = [(load, part) for part, load in enumerate(loads or [0.0] * parts)]
+    heapq.heapify(heap)
     groups: list[list[int]] = [[] for _ in range(parts)]
     for i in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
         total, part = heap[0]
@@ -82,6 +141,7 @@ def pack(
     multiple: int = 1,
     loss_agg_mode: str = "token-mean",
     max_response_length: int = 1,
+    context_size: int = 1,
 ) -> MicroBatch:
     """Lay samples end to end, shifted once.
 
@@ -91,6 +151,7 @@ def pack(
             sequence (sequence parallelism wants TP).
         loss_agg_mode: see `token_weights`.
         max_response_length: the constant of ``seq-mean-token-sum-norm``.
+        context_size: how many ranks share it.
     """
     lengths = [positions_of(sample) for sample in samples]
     paddings = [-length % each for length in lengths]
@@ -140,6 +201,7 @@ def pack(
         returns=spread(lambda sample: sample.returns),
         padding=padded.to(device),
         routed_experts=_routed(samples, cu_seqlens, device),
+        context_size=context_size,
     )
 
 

@@ -71,6 +71,7 @@ class MicroBatch:
     returns: Tensor | None = None  # [T]
     padding: Tensor | None = None  # [T] bool: positions of no sample, or of one without a response
     routed_experts: Tensor | None = None  # [T, layers with experts, top-k]: where vLLM sent each token
+    context_size: int = 1  # ranks that share it: each computes a part of T, and a loss sees the whole on all of them
     entropy: Tensor | None = None  # [T], of the current policy; the engine sets it before a loss sees the batch
 
     @property

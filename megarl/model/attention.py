@@ -7,15 +7,18 @@ Shapes: T packed tokens, h this rank's query heads, g its key/value heads, d the
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
@@ -61,12 +64,13 @@ def packed_layout(
     transformer_engine: bool,
     share: ContextShare | None = None,
     routing: Routing | None = None,
+    cp_group: dist.ProcessGroup | None = None,
 ) -> PackedLayout:
     """Describe sequences ``cu_seqlens[i]:cu_seqlens[i+1]`` of one pack to megatron.
 
     Of a ``share``, megatron's unfused rotary embedding takes the angles of the whole pack and picks two stretches,
     where a single sequence would have this rank's two chunks: there ``positions`` has those of the tokens that are
-    here.
+    here. ``cp_group``: the ranks that share the pack, where they are not always the same ones.
     """
     lengths = [b - a for a, b in pairwise(cu_seqlens)]
     # Rounded up: megatron caches one rotary table per value.
@@ -89,6 +93,7 @@ def packed_layout(
         share=share,
         cu_seqlens=cu_seqlens,
         routing=routing,
+        cp_group=cp_group,
     )
     return layout if transformer_engine else layout.as_one_sequence()
 
@@ -121,6 +126,23 @@ def _rectangles(cu_seqlens: list[int], lengths: list[int], device: torch.device)
     if len(rectangles) == 1 and rectangles[0].numel() == cu_seqlens[-1]:
         return rectangles, None
     return rectangles, slots.to(device)
+
+
+class WithPacksRanks:
+    """Before megatron's self-attention: its rotary embedding asks the layer which ranks share a sequence, and with
+    dynamic context parallelism the pack says it."""
+
+    pg_collection: ProcessGroupCollection
+
+    def forward(self, *args: Any, packed_seq_params: PackedLayout, **kwargs: Any) -> Any:
+        if packed_seq_params.cp_group is not None:
+            self.pg_collection = copy.copy(self.pg_collection)
+            self.pg_collection.cp = packed_seq_params.cp_group
+        return super().forward(*args, packed_seq_params=packed_seq_params, **kwargs)  # type: ignore[misc]
+
+
+class PackedSelfAttention(WithPacksRanks, SelfAttention):
+    """megatron's, for a pack whose ranks may change."""
 
 
 class PackedAttention(MegatronModule):

@@ -28,7 +28,7 @@ from megatron.core.transformer.transformer_layer import get_transformer_layer_of
 from torch import Tensor
 
 from megarl.config import Config
-from megarl.model.attention import PackedAttention, RMSNorm
+from megarl.model.attention import PackedAttention, PackedSelfAttention, RMSNorm
 from megarl.model.family import ModelSpec, UnsupportedModel
 from megarl.model.heads import VocabShard, token_logprobs
 from megarl.model.latent import LatentAttention, LocalLatentAttention, PackedRotary
@@ -303,8 +303,7 @@ def _engine_layer(spec: ModelSpec, moe: bool) -> ModuleSpec:
         qk_layernorm=spec.qk_layernorm,
         multi_latent_attention=spec.mla is not None,
     )
-    if spec.mla:
-        layer.submodules.self_attention.module = LatentAttention
+    layer.submodules.self_attention.module = LatentAttention if spec.mla else PackedSelfAttention
     return with_packed_router(layer) if moe else layer
 
 
@@ -319,8 +318,8 @@ def _local_layer(spec: ModelSpec, moe: bool) -> ModuleSpec:
     layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
     attention.core_attention = PackedAttention
+    layer.submodules.self_attention.module = LocalLatentAttention if spec.mla else PackedSelfAttention
     if spec.mla:
-        layer.submodules.self_attention.module = LocalLatentAttention
         attention.kv_layernorm = RMSNorm
         attention.q_layernorm = RMSNorm if spec.mla.q_lora_rank is not None else IdentityOp
     elif spec.qk_layernorm:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from megarl.config import Config
 from megarl.config.fp8 import tokens_multiple
-from megarl.data.packing import microbatches_of, pack, positions_of
+from megarl.data.packing import pack, packs_of, positions_of
 from megarl.data.records import MicroBatch, Sample
 from megarl.model.attention import packed_layout
 from megarl.model.build import build_chunks, uses_transformer_engine
@@ -129,21 +129,24 @@ class Engine:
         return self._per_token(samples)
 
     def _per_token(self, samples: list[Sample]) -> list[Tensor]:
-        batches, order = self._microbatches(samples, self.cfg.train.logprob_mb_tokens)
+        batches, members = self._microbatches(samples, self.cfg.train.logprob_mb_tokens)
         self.model.eval()
         with self.residency.on_device("params"), self.mesh.platform(), torch.no_grad():
             collected = self._run(batches, self._collect_step, forward_only=True, collect_non_loss_data=True)
         self.model.train()
-        lengths = [sample.response_length for batch in batches for sample in batch.samples]
-        flat = torch.empty(sum(lengths), device=self.mesh.device)
+        lengths = [sample.response_length for sample in samples]
+        flat = torch.zeros(sum(lengths), device=self.mesh.device)
+        each = list(flat.split(lengths))
         if self.mesh.is_last_stage:
-            flat = torch.cat(
-                [part for batch, out in zip(batches, collected, strict=True) for part in batch.response_of(out)]
-            )
+            for batch, mine, out in zip(batches, members, collected, strict=True):
+                if self._counts(batch):
+                    for i, part in zip(mine, batch.response_of(out), strict=False):  # one that fills up is nobody's
+                        each[i].copy_(part)
+            if self.mesh.cp_size > 1:  # each part is of one rank, so that the sum is exact
+                dist.all_reduce(flat, group=self.mesh.cp_group)
         if self.mesh.pp_size > 1:
             dist.broadcast(flat, self.mesh.last_stage_rank, group=self.mesh.pp_group)
-        packed = flat.split(lengths)
-        return [packed[at] for at in order]
+        return each
 
     def logits(self, sample: Sample) -> Tensor:
         """[L - 1, vocabulary] fp32 on every rank, for comparing small models with other implementations of them."""
@@ -186,7 +189,7 @@ class Engine:
             if not everywhere:
                 again = self._computed_again(batches, loss, by_response, aux_scale)
                 self._forget_gradients()
-                own = all(bool(torch.isfinite(part["loss"])) for part in sums)
+                own = all(bool(torch.isfinite(part["here"])) for part in sums)
                 self.refused(self._poison(metrics["loss"], own, here, samples, *again))
             elif metrics[
                 "tokens"
@@ -230,15 +233,23 @@ class Engine:
 
     def _microbatches(
         self, samples: list[Sample], budget: int, loss_agg_mode: str = "token-mean", together: int = 1
-    ) -> tuple[list[MicroBatch], list[int]]:
-        """Pack, and say at which place among all packed samples each of ``samples`` is."""
-        units = [samples[at : at + together] for at in range(0, len(samples), together)]
-        cp = self.mesh.cp_size
-        each, _ = multiple_of(cp, 1)
-        lengths = [sum(-(-positions_of(sample) // each) * each for sample in unit) for unit in units]
-        costs = [self.flops.forward([positions_of(sample) for sample in unit]) for unit in units]
-        groups = microbatches_of(lengths, -(-budget * cp // each) * each, costs)
-        batches = [self._pack([sample for i in group for sample in units[i]], loss_agg_mode) for group in groups]
+    ) -> tuple[list[MicroBatch], list[list[int]]]:
+        """This rank's packs; and of each, which of ``samples`` are in it."""
+        lengths = [positions_of(sample) for sample in samples]
+        units = [range(at, at + together) for at in range(0, len(samples), together)]
+        positions = [[lengths[i] for i in unit] for unit in units]
+        costs = [self.flops.forward(unit) for unit in positions]
+        dynamic = self.cfg.parallel.dynamic_context_parallel
+        packs = [
+            pack
+            for pack in packs_of(positions, budget, costs, self.mesh.cp_size, dynamic)
+            if pack.is_on(self.mesh.cp_rank)
+        ]
+        members = [[i for unit in pack.items for i in units[unit]] for pack in packs]
+        batches = [
+            self._pack([samples[i] for i in mine], loss_agg_mode, pack.size)
+            for mine, pack in zip(members, packs, strict=True)
+        ]
         nothing = [_nothing()] * together  # a replica without samples still takes part, and counts for nothing
         if not batches:
             batches = [self._pack(nothing, loss_agg_mode)]
@@ -250,19 +261,24 @@ class Engine:
         if self.mesh.ep_size > 1 and self.cfg.parallel.moe_token_dispatcher_type == "allgather":
             sizes = torch.tensor([len(batch.tokens) for batch in batches])  # it takes as many tokens of each replica
             dist.all_reduce(sizes, op=dist.ReduceOp.MAX, group=self.mesh.host_group)
-            batches = [self._pack(b.samples, loss_agg_mode, n) for b, n in zip(batches, sizes.tolist(), strict=True)]
-        order = [i * together + k for group in groups for i in group for k in range(together)]
-        place = {i: at for at, i in enumerate(order)}
-        return batches, [place[i] for i in range(len(samples))]
+            batches = [
+                self._pack(batch.samples, loss_agg_mode, batch.context_size, n)
+                for batch, n in zip(batches, sizes.tolist(), strict=True)
+            ]
+        return batches, members + [[] for _ in range(len(batches) - len(members))]
 
     def _missing(self, microbatches: int) -> int:
         """An interleaved pipeline takes as many microbatches at a time as it has stages."""
         return -microbatches % self.mesh.pp_size if len(self.chunks) > 1 else 0
 
-    def _pack(self, samples: list[Sample], loss_agg_mode: str, length: int | None = None) -> MicroBatch:
-        """``length``: positions, where padding is to make them that many."""
+    def _pack(
+        self, samples: list[Sample], loss_agg_mode: str, size: int | None = None, length: int | None = None
+    ) -> MicroBatch:
+        """``size``: ranks that share it, by default as few as may. ``length``: positions, where padding is to make them
+        that many."""
+        size = size or min(self.mesh.cp_groups)
         multiple = self.mesh.tp_size if self.cfg.parallel.sequence_parallel else 1
-        each, whole = multiple_of(self.mesh.cp_size, multiple, tokens_multiple(self.cfg))
+        each, whole = multiple_of(size, multiple, tokens_multiple(self.cfg))
         longest = self.cfg.rollout.max_response_length
         return pack(
             samples,
@@ -271,11 +287,17 @@ class Engine:
             multiple=length or whole,
             loss_agg_mode=loss_agg_mode,
             max_response_length=longest,
+            context_size=size,
         )
+
+    def _counts(self, batch: MicroBatch) -> bool:
+        """Whether this rank is the one, of those that share a pack, that counts it."""
+        return self.mesh.cp_groups[batch.context_size].rank() == 0
 
     def _share(self, batch: MicroBatch) -> ContextShare | None:
         """This rank's part of a pack, where context parallelism divides it. A loss sees the whole pack."""
-        return share_of(batch.cu_seqlens, self.mesh.cp_group, self.mesh.device) if self.mesh.cp_size > 1 else None
+        group = self.mesh.cp_groups[batch.context_size]
+        return share_of(batch.cu_seqlens, group, self.mesh.device) if group.size() > 1 else None
 
     def _forget_gradients(self) -> None:
         for chunk in self.chunks:
@@ -303,6 +325,7 @@ class Engine:
             transformer_engine=self.transformer_engine,
             share=share,
             routing=self._routing(batch, share, aux_scale) if self.spec.moe else None,
+            cp_group=self.mesh.cp_groups[batch.context_size] if len(self.mesh.cp_groups) > 1 else None,
         )
         here = slice(None) if share is None else share.mine
         return model(
@@ -338,9 +361,9 @@ class Engine:
         """Positions of the whole step, without padding, and its count."""
         if not self._balances:
             return 0, 0
-        mine = [sum(batch.num_positions for batch in batches), sum(batch.count for batch in batches)]
-        totals = torch.tensor(mine, device=self.mesh.device)
-        dist.all_reduce(totals, group=self.mesh.dp_group)
+        mine = [batch for batch in batches if self._counts(batch)]
+        totals = torch.tensor([sum(b.num_positions for b in mine), sum(b.count for b in mine)], device=self.mesh.device)
+        dist.all_reduce(totals, group=self.mesh.groups.dp_cp)
         positions, count = totals.tolist()
         return positions, count
 
@@ -397,10 +420,12 @@ class Engine:
             per_token, metrics = loss(logps, batch)
             total = torch.where(batch.loss_mask, per_token * batch.weights, 0).sum()
             count = torch.tensor(batch.count, dtype=torch.int, device=out.device)
-            once = count if self.mesh.cp_rank == 0 else torch.zeros_like(count)  # megatron sums it over CP too
             each = batch.weights if by_response else 1
             sums = {name: torch.where(batch.loss_mask, x.detach() * each, 0).sum() for name, x in metrics.items()}
-            return total, once, sums | {"loss": total.detach(), "count": count, "tokens": batch.loss_mask.sum()}
+            sums |= {"loss": total.detach(), "count": count, "tokens": batch.loss_mask.sum()}
+            if not self._counts(batch):  # counts and metrics are summed over the ranks that share it, too
+                count, sums = torch.zeros_like(count), {name: torch.zeros_like(x) for name, x in sums.items()}
+            return total, count, sums | {"here": total.detach()}
 
         return self._forward(batch, model, aux_scale=aux_scale), reduce
 
@@ -408,9 +433,9 @@ class Engine:
         """Sum the step's metrics over microbatches and replicas, divide, and tell every stage."""
         reduced: list[dict[str, float]] = [{}]
         if self.mesh.is_last_stage:
-            names = list(sums[0])
+            names = [name for name in sums[0] if name != "here"]
             totals = torch.stack([sum(part[name] for part in sums).double() for name in names])
-            dist.all_reduce(totals, group=self.mesh.dp_group)
+            dist.all_reduce(totals, group=self.mesh.groups.dp_cp)
             total = dict(zip(names, totals.tolist(), strict=True))
             count, tokens, loss = total.pop("count"), total.pop("tokens"), total.pop("loss")
             means = {name: value / max(count if by_response else tokens, 1) for name, value in total.items()}

@@ -17,7 +17,7 @@ from megatron.core.transformer.multi_latent_attention import MLASelfAttention, M
 from megatron.core.transformer.transformer_config import MLATransformerConfig
 from torch import Tensor
 
-from megarl.model.attention import PackedLayout
+from megarl.model.attention import PackedLayout, WithPacksRanks
 from megarl.model.family import Rope
 from megarl.model.rope import attention_factor, inverse_frequencies
 
@@ -44,7 +44,7 @@ class PackedRotary(torch.nn.Module):
         return (angles, self.factor) if self.scaled else angles
 
 
-class LatentAttention(MLASelfAttention):
+class LatentAttention(WithPacksRanks, MLASelfAttention):
     """megatron's latent attention. Its rotary embedding is told that the pack is one sequence, else it would loop over
     them in Python: `PackedRotary` has every token's angle already. The attention proper sees them all."""
 

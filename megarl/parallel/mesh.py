@@ -59,6 +59,9 @@ class Mesh:
     replica_ranks: list[int]  # global ranks of replica_group, in its order
     host_group: dist.ProcessGroup  # every rank, over gloo: for data that lives in host memory
     groups: ProcessGroupCollection
+    # Ranks that may share a sequence -> those around this one: the context-parallel group alone, or with
+    # parallel.dynamic_context_parallel its halves, quarters, ... too
+    cp_groups: dict[int, dist.ProcessGroup]
     # megatron's parallel_state of this layout, where it is not the one that the job began with
     state: dict[str, Any] = field(default_factory=dict, repr=False)
 
@@ -91,7 +94,8 @@ class Mesh:
         experts = (
             f", EP {self.ep_size}, ETP {self.etp_size}" if self.ep_size > 1 or self.etp_size != self.tp_size else ""
         )
-        context = f", CP {self.cp_size}" if self.cp_size > 1 else ""
+        sizes = " or ".join(str(size) for size in sorted(self.cp_groups))
+        context = f", CP {sizes}" if self.cp_size > 1 else ""
         chunks = f" x {self.vpp_size} chunks" if self.vpp_size > 1 else ""
         return f"{where}: TP {self.tp_size}{context}, PP {self.pp_size}{chunks}, DP {self.dp_size}{experts}"
 
@@ -218,7 +222,19 @@ def _mesh_of(cfg: Config, device: torch.device, host_group: dist.ProcessGroup) -
         replica_ranks=dist.get_process_group_ranks(replica),
         host_group=host_group,
         groups=groups,
+        cp_groups=_context_groups(cfg, groups.cp),
     )
+
+
+def _context_groups(cfg: Config, whole: dist.ProcessGroup) -> dict[int, dist.ProcessGroup]:
+    groups = {whole.size(): whole}
+    if cfg.parallel.dynamic_context_parallel:
+        ranks, timeout = dist.get_process_group_ranks(whole), timedelta(seconds=cfg.run.deadline_s)
+        for size in (1 << k for k in range(whole.size().bit_length() - 1)):
+            first = whole.rank() // size * size
+            members = ranks[first : first + size]
+            groups[size] = dist.new_group(members, timeout=timeout, use_local_synchronization=True)
+    return groups
 
 
 def _meet(backend: str, timeout: timedelta) -> None:

@@ -75,6 +75,7 @@ class SmallLayout:
             "DP": self.dp,
         }
         shown = [f"{name}{size}" for name, size in sizes.items() if size > 1] or ["1 rank"]
+        shown += ["dynamic"] if p.dynamic_context_parallel else []
         uneven = p.num_layers_in_first_pipeline_stage or p.num_layers_in_last_pipeline_stage
         return " ".join([*shown, *(["SP"] if p.sequence_parallel else []), *(["uneven stages"] if uneven else [])])
 
@@ -129,9 +130,7 @@ def small_layout(cfg: Config, max_ranks: int) -> SmallLayout:
 def one_rank(layout: SmallLayout) -> SmallLayout:
     """The same without anything divided."""
     whole = ParallelConfig()
-    divided = {
-        name: vars(whole)[name] for name in vars(whole) if name.endswith(("_size", "_stage", "sequence_parallel"))
-    }
+    divided = {name: vars(whole)[name] for name in vars(whole) if name.endswith(("_size", "_stage", "_parallel"))}
     return SmallLayout(dataclasses.replace(layout.parallel, **divided), dp=1)
 
 

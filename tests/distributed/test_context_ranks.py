@@ -60,16 +60,21 @@ def test_logits_equal_transformers(ranks, tiny_hf, recipe, family):  # noqa: F81
             np.testing.assert_allclose(got, expected, atol=1e-5, rtol=0, err_msg=f"{family}, {name}")
 
 
-def same_step(ranks, path, recipe, names, lengths, family):  # noqa: F811
+def budget(tokens):
+    return [f"train.train_mb_tokens={tokens}", f"train.logprob_mb_tokens={tokens}"]
+
+
+def same_step(ranks, path, recipe, names, lengths, family, divided=()):  # noqa: F811
+    """``divided``: settings of the layouts that one rank does not have."""
     arguments = {"recipe": recipe, "model": path, "samples": random_samples(lengths), "mode": "seq-mean-token-mean"}
-    few = ["train.train_mb_tokens=64", "train.logprob_mb_tokens=64"]  # several microbatches
+    few = budget(64)  # several microbatches
     (truth,) = ranks.run(model_cases.one_step, 1, overrides=few, **arguments)
     for name in names:
         world, overrides = layout(name)
         if family == "gpt_oss":  # its experts have biases, which tensor parallelism does not divide
             overrides = [*overrides, "parallel.expert_tensor_parallel_size=1"]
         for metrics, grads, weights in ranks.run(
-            model_cases.one_step, world, overrides=[*overrides, *few], **arguments
+            model_cases.one_step, world, overrides=[*overrides, *few, *divided], **arguments
         ):
             for key in ("loss", "value", "grad_norm", "tokens"):
                 assert metrics[key] == pytest.approx(truth[0][key], rel=1e-5), (name, key)
@@ -85,6 +90,27 @@ def test_gradients_equal_those_of_one_rank(ranks, tiny_hf, recipe, name):  # noq
     same_step(ranks, path, recipe, [name], [30, 5, 17, 2, 40, 23, 9], "qwen2")
 
 
+DYNAMIC = ["parallel.dynamic_context_parallel=true"]
+MIXED = [60, 5, 17, 2, 40, 23, 9, 31]  # beside 64 positions a group: packs of one, of two and (CP4) of four ranks
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["CP2", "CP4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("CP2 TP2 SP", "CP2 PP2", "CP2 DP2"))],
+)
+def test_ranks_may_share_as_many_as_a_sequence_needs(ranks, tiny_hf, recipe, name):  # noqa: F811
+    path = str(tiny_hf("qwen2", tie_word_embeddings=True))
+    same_step(ranks, path, recipe, [name], MIXED, "qwen2", [*DYNAMIC, *budget(64 // LAYOUTS[name][1])])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "qwen2"])
+def test_ranks_may_share_as_many_in_every_family(ranks, tiny_hf, recipe, family):  # noqa: F811
+    path = str(tiny_hf(family, **FAMILIES[family]))
+    for name in ("CP4", "CP2 EP2") if family in ("qwen3_moe", "deepseek_v3") else ("CP4",):
+        same_step(ranks, path, recipe, [name], MIXED, family, [*DYNAMIC, *budget(64 // LAYOUTS[name][1])])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_gradients_of_every_family(ranks, tiny_hf, recipe, family):  # noqa: F811
@@ -97,6 +123,7 @@ def test_logps_of_each_response(ranks, tiny_hf, recipe):  # noqa: F811
     arguments = {"recipe": recipe, "model": path, "samples": random_samples([30, 5, 17, 2, 40]), "temperature": 0.7}
     (expected,) = ranks.run(model_cases.logps, 1, overrides=[], **arguments)
     world, overrides = layout("CP2")
-    for rank in ranks.run(model_cases.logps, world, overrides=overrides, **arguments):
-        for got, alone in zip(rank, expected, strict=True):
-            torch.testing.assert_close(torch.from_numpy(got), torch.from_numpy(alone), atol=2e-6, rtol=0)
+    for more in ([], [*DYNAMIC, *budget(20)]):
+        for rank in ranks.run(model_cases.logps, world, overrides=[*overrides, *more], **arguments):
+            for got, alone in zip(rank, expected, strict=True):
+                torch.testing.assert_close(torch.from_numpy(got), torch.from_numpy(alone), atol=2e-6, rtol=0)
