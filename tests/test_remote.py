@@ -28,6 +28,7 @@ def recipe(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_server_gets_the_trainers_weights(ranks, tmp_path: Path) -> None:
     new = tiny_models.qwen2(tmp_path / "new", seed=1)

@@ -256,6 +256,7 @@ def test_directory_without_weights_is_refused(tmp_path: Path) -> None:
         make(tmp_path)
 
 
+@pytest.mark.slow
 def test_engines_of_several_ranks(tmp_path: Path) -> None:
     script = Path(__file__).parent / "distributed" / "vllm_ranks.py"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]

@@ -45,6 +45,9 @@ LAYOUTS = {
 }
 
 
+FEW = ("1 rank", "PP2 EP2", "TP2 EP2 ETP1", "TP2 EP2 ETP2", "TP1 EP1 ETP2")
+
+
 def layout(name):
     world, tp, pp, ep, etp = LAYOUTS[name]
     return world, [
@@ -62,12 +65,13 @@ def layouts(family, *names):
     return [name for name in names if family != "gpt_oss" or LAYOUTS[name][4] == 1]
 
 
+@pytest.mark.parametrize("names", [FEW, pytest.param([n for n in LAYOUTS if n not in FEW], marks=pytest.mark.slow)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_equal_transformers(ranks, tiny_hf, recipe, family):
+def test_logits_equal_transformers(ranks, tiny_hf, recipe, family, names):
     path = str(tiny_hf(family, **FAMILIES[family]))
     tokens = random_samples([40])[0]["tokens"]
     expected = hf_logits(path, tokens[:-1])
-    for name in layouts(family, *LAYOUTS):
+    for name in layouts(family, *names):
         world, overrides = layout(name)
         results = ranks.run(model_cases.logits, world, recipe=recipe, model=path, overrides=overrides, tokens=tokens)
         for rank, got in enumerate(results):

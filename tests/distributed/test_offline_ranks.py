@@ -113,12 +113,12 @@ def check(ranks, recipes, loss, layouts, record_property):
     return truth
 
 
-@pytest.mark.parametrize("loss", ["dpo", "simpo", "kto", "bco"])
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
 def test_same_curve_on_every_layout(ranks, recipes, loss, record_property):
     check(ranks, recipes, loss, ["TP2", "DP2", "PP2"], record_property)
 
 
-@pytest.mark.parametrize("loss", sorted({*PAIRED, "orpo"} - {"dpo", "simpo"}))
+@pytest.mark.parametrize("loss", sorted({*PAIRED, "orpo"} - {"dpo"}))
 def test_every_loss_on_two_replicas(ranks, recipes, loss, record_property):
     check(ranks, recipes, loss, ["DP2"], record_property)
 

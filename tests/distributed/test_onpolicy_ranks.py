@@ -204,7 +204,7 @@ def test_ppo_with_a_larger_critic_on_two_replicas(ranks, recipe, alone, also, re
     assert steps[1]["critic/vf_loss"] < steps[0]["critic/vf_loss"]
 
 
-@pytest.mark.parametrize("name", ["remax", "prime", "online-dpo", "distillation"])
+@pytest.mark.parametrize("name", ["prime", "online-dpo"])
 def test_two_steps_on_two_replicas(ranks, recipe, alone, also, name, record_property):
     check(ranks, recipe, alone, name, ["DP2"], record_property, also.get(name, []), steps=2)
 

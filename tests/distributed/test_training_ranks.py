@@ -103,6 +103,7 @@ def test_grpo_is_the_same_step_on_every_layout(ranks, recipe):
             assert first[name][key] == pytest.approx(first["DP2"][key], rel=1e-4, abs=1e-7), (name, key)
 
 
+@pytest.mark.slow
 def test_two_engines_of_two_ranks_and_several_updates_per_rollout(ranks, recipe):
     """32 samples are two updates of 16, twice over: the ratio to the old policy leaves 1, and its KL 0."""
     layout = ["cluster.gpus_per_node=4", *LAYOUTS["TP2"], "rollout.tensor_parallel_size=2", "train.ppo_epochs=2"]
