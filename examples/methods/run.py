@@ -3,10 +3,10 @@
     python examples/methods/run.py METHOD ... [--root runs/methods] [--prefs FOLDER] [KEY=VALUE ...]   (or: all)
 
 A method is a recipe of this folder, on the quickstart's sums. What it starts from is made once: problems, preference
-data, and a model that SFT has taught both to guess and to work sums out (the quickstart's, about a minute); for
-distillation a teacher, by GRPO; for the choice of prompts by difficulty, rewards of that same run. The recipes real_...
-read --prefs FOLDER/dpo_en_demo.json and kto_en_demo.json (LLaMA-Factory's samples of ShareGPT's and OpenAI's layouts),
-with a model and tokenizer made from their text.
+data, and a model that SFT has taught both to guess and to work sums out (the quickstart's, about a minute; SFT itself
+starts from random weights); for distillation a teacher, by GRPO; for the choice of prompts by difficulty, rewards of
+that same run. The recipes real_... read --prefs FOLDER/dpo_en_demo.json and kto_en_demo.json (LLaMA-Factory's samples
+of ShareGPT's and OpenAI's layouts), with a model and tokenizer made from their text.
 
 It ends with a table, and with an error if a method's run failed, left its objective where it was, or took too long.
 """
@@ -112,7 +112,8 @@ def inputs_of(root: Path, name: str, base: str, prefs: Path | None) -> list[str]
         if not (model / "config.json").exists():
             subprocess.run([sys.executable, HERE.parent / "tiny_model.py", model, "--text", data], check=True)
         return [f"data.path={data}", f"model.path={model}"]
-    files = [f"data.path={root / 'data' / DATA[base]}.jsonl", f"model.path={root / 'start/hf/final'}"]
+    start = "model" if base == "sft" else "start/hf/final"  # what SFT has taught there is nothing left to learn from
+    files = [f"data.path={root / 'data' / DATA[base]}.jsonl", f"model.path={root / start}"]
     if name in ("distillation", "difficulty") and not (root / "rl/hf/final/config.json").exists():
         run(root, "rl", [], None, 0)
     if name == "rl":
