@@ -38,6 +38,7 @@ def make_model(folder: Path) -> None:
     config = LlamaConfig(hidden_size=128, intermediate_size=352, max_position_embeddings=4096, **sizes)
     LlamaForCausalLM(config).save_pretrained(folder)
     (folder / "data.jsonl").touch()
+    (folder / "recipe.yaml").write_text("algorithm: sft\n")
 
 
 def main() -> None:
@@ -50,7 +51,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as own:
         make_model(Path(own))  # the same on every rank
         settings = [
-            "algorithm=sft",
+            f"{own}/recipe.yaml",
             "cluster.device=cpu",
             f"cluster.gpus_per_node={ranks}",
             f"model.path={own}",
