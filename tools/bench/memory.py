@@ -84,7 +84,7 @@ def measure(folder: Path, overrides: list[str], tokens: int, repeats: int, mesh:
         seconds.append(time.perf_counter() - start)
     between = engine.residency.bytes_on_device()
     with engine.residency.on_device("params"):
-        bits = [hash(p.detach().view(torch.int16).numpy().tobytes()) for p in engine.model.parameters()]
+        bits = [hash(p.detach().clone().view(torch.int16).numpy().tobytes()) for p in engine.model.parameters()]
     return {"between": between, "kept": max(kept), "seconds": min(seconds), "bits": bits}
 
 
