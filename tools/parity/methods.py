@@ -5,9 +5,11 @@ Needs nothing but the standard library: both sides import it, each in its own vi
 Equal on both sides: model, batches and their order, AdamW (lr 1e-3, constant, no decay), clipping at 1, fp32, no
 dropout. Where the two define a method differently the data or an option makes them the same; ``note`` says how.
 
-Three of TRL's trainers have no row. PPO puts the score behind EOS, where megarl's critic has no value. GKD minimises a
-divergence over the whole vocabulary, megarl's distillation a policy gradient on the sampled tokens. Online DPO samples
-inside its training step, and its loss is dpo's or ipo's on two of the samples, which have rows.
+What TRL 1.16 does not have has no row: its sigmoid loss ignores ``label_smoothing`` (cDPO), and BCO of single
+responses went with its trainer. Three of TRL's trainers have none either: PPO puts the score behind EOS, where
+megarl's critic has no value; GKD minimises a divergence over the whole vocabulary, megarl's distillation a policy
+gradient on the sampled tokens; online DPO samples inside its training step, and its loss is dpo's or ipo's on two of
+the samples, which have rows.
 """
 
 from __future__ import annotations
@@ -76,7 +78,6 @@ METHODS = {
         {"algorithm": "reward_model", "preference.margin_from_scores": True},
         note="TRL's margin is the gap of the scores",
     ),
-    "cdpo": dpo("dpo", "", {"preference.label_smoothing": 0.1}, loss_type=["sigmoid"], label_smoothing=0.1),
     "robust dpo": dpo("robust", "", {"preference.label_smoothing": 0.1}, loss_type=["robust"], label_smoothing=0.1),
     "ipo": dpo("ipo", "TRL's only form: means", {"preference.average_log_probs": True}, loss_type=["ipo"]),
     "hinge": dpo("hinge", loss_type=["hinge"]),
@@ -114,13 +115,6 @@ METHODS = {
         {"algorithm": "unpaired", "preference.loss": "kto", "preference.kto_undesirable_weight": 0.8},
         {"beta": 0.1, "undesirable_weight": 0.8},
         _KTO,
-    ),
-    "bco": Method(
-        "labels",
-        "trl.experimental.bco:BCOTrainer",
-        {"algorithm": "unpaired", "preference.loss": "bco", "preference.bco_shift": "examples"},
-        {"beta": 0.1},
-        "TRL's shift: the mean over all examples",
     ),
     "grpo": policy(
         "GRPOTrainer",
