@@ -143,3 +143,10 @@ def test_a_reward_that_raises_ends_the_run_with_the_prompts_id(run, folder):
         RolloutError, match=r"prompt train\.jsonl:8: RewardError: 4 of 4 samples could not be scored, twice"
     ):
         run(reward, "reward.on_error=abort")
+
+
+def test_a_reward_that_hangs_ends_the_run_with_the_prompts_id(run, folder):
+    join(folder)
+    reward = "reward.functions=[{name: 'tests.fixtures.digits:hangs_on_seven'}]"
+    with pytest.raises(RolloutError, match=r"prompt train\.jsonl:8: RewardError: 4 of 4 .*timed out after 0\.2 s"):
+        run(reward, "reward.on_error=abort", "reward.timeout_s=0.2")

@@ -8,8 +8,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
@@ -17,6 +19,7 @@ import pytest
 
 from megarl.cli import main
 from megarl.config import load
+from megarl.rollout import serve as module
 from megarl.rollout.auth import TOKEN, RequireToken, token_of
 from megarl.rollout.serve import arguments, discover, environment
 from tests.distributed.tiny_models import qwen2
@@ -80,6 +83,36 @@ def test_a_dead_server_is_started_anew_and_nothing_is_left_behind(tmp_path: Path
         assert processes_of(second["pid"]) == [] and discover(folder) == []
     finally:
         serve.kill()
+
+
+def test_a_busy_server_is_left_alone_and_one_whose_engine_is_dead_is_not(tmp_path: Path, monkeypatch) -> None:
+    """Two looks that it leaves unanswered are forgotten when it answers; the third in a row, or a 503, is its end."""
+    monkeypatch.setattr(module, "_HEALTH_S", 0.1)
+    says: list[int | None] = [None, None, 200, None, None, None, 503]
+
+    class Health(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if (code := says.pop(0)) is None:
+                time.sleep(0.5)
+            self.send_response(code or 200)
+            self.end_headers()
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Health)
+    threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
+    server = module.Server(load([str(recipe_in(tmp_path))]), 0, "127.0.0.1", 0, True)
+    alive = []
+    for _ in range(7):
+        if server.process is None:
+            server.process = subprocess.Popen(["sleep", "60"], start_new_session=True)
+            server.port, server.ready, server.silent = http.server_address[1], True, 0
+        server.next_look = 0.0
+        server.look()
+        alive.append(server.process is not None)
+    http.shutdown()
+    assert alive == [True, True, True, True, True, False, False]
 
 
 def test_the_command_line_is_the_recipes(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ every process that they started.
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import signal
@@ -27,7 +28,8 @@ from megarl.rollout.auth import TOKEN, token_of
 from megarl.rollout.vllm_config import DTYPES, model_arguments, option
 
 _POLL_S = 0.5
-_HEALTH_S = 5.0  # between looks at a server that was well
+_HEALTH_S = 5.0  # between looks at a server that was well, and for its answer
+_SILENT = 3  # looks in a row that a server which lives may leave unanswered: it may only be busy
 _STOPS_WITHIN_S = 15.0
 _LONGEST_PAUSE_S = 60.0  # before another start
 _GIVE_UP = 3  # starts in a row without an answer
@@ -109,6 +111,7 @@ class Server:
     port: int = 0
     ready: bool = False
     failures: int = 0  # starts in a row without an answer
+    silent: int = 0  # looks in a row without an answer, since it was ready
     next_look: float = 0.0  # or the next start, while there is no process
     started: float = field(default_factory=time.monotonic)
 
@@ -130,12 +133,14 @@ class Server:
             self._start()
         elif self.process.poll() is not None:
             self._died(f"exited with {self.process.returncode}")
-        elif self._answers():
+        elif (well := self._well()) is True:
             if not self.ready:
                 self._announce()
-            self.next_look = time.monotonic() + _HEALTH_S
+            self.silent, self.next_look = 0, time.monotonic() + _HEALTH_S
         elif self.ready:
-            self._died("does not answer /health")
+            self.silent += 1
+            if well is False or self.silent == _SILENT:
+                self._died("does not answer /health" if well is None else "says that its engine is dead")
         elif time.monotonic() - self.started > self.cfg.rollout.engine_timeout_s:
             self._died(f"did not answer within {self.cfg.rollout.engine_timeout_s:.0f} s (rollout.engine_timeout_s)")
 
@@ -158,16 +163,19 @@ class Server:
                 start_new_session=True,
                 preexec_fn=lambda: signal_at_parents_death(signal.SIGKILL),
             )
-        self.started, self.ready = time.monotonic(), False
+        self.started, self.ready, self.silent = time.monotonic(), False, 0
 
-    def _answers(self) -> bool:
+    def _well(self) -> bool | None:
+        """What it says of itself; None where it says nothing in time."""
         headers = {"Authorization": f"Bearer {token_of(engines_folder(self.cfg))}"}
         request = urllib.request.Request(f"http://{self.name}:{self.port}/health", headers=headers)
         try:
             with urllib.request.urlopen(request, timeout=_HEALTH_S):
                 return True
-        except (OSError, urllib.error.HTTPError):
+        except urllib.error.HTTPError:
             return False
+        except (OSError, http.client.HTTPException):
+            return None
 
     def _announce(self) -> None:
         assert self.process is not None

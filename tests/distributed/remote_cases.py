@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import signal
 import time
@@ -112,6 +114,53 @@ def in_flight(
         engines.close()
     loop.close()
     return out
+
+
+def one_stands_still(
+    recipe: str, urls: list[str], token: str, victim: int, requests: int, at_a_time: int, length: int
+) -> dict[str, Any]:
+    """Requests to two servers, of which one is stopped as soon as both have their share, and let go on when the other
+    has no more to do. Returns how many were answered meanwhile, how many tokens each got, how many were lost."""
+    mesh = build_mesh(load([recipe]))
+    policy = load_file(f"{load([recipe]).model.path}/model.safetensors")
+    metadata = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in policy.items()]
+    sender = Sender(lambda: urls, metadata, 1 << 20, mesh.device, token=token, timeout_s=100)
+    engines, loop = RemoteEngines(mesh, partial(_same, sender)), Loop("one-stands-still")
+    engines.wake_weights()
+    engines.load_weights(policy.items())
+    engines.wake_kv_cache()
+    client = loop.call(partial(Client, token=token, timeout_s=60))
+    loop.call(client.use, engines.urls, 0)
+    room = asyncio.Semaphore(at_a_time)
+    done: list[Completion] = []
+
+    async def one(number: int) -> None:
+        async with room:
+            if number == at_a_time - 1:  # those before it are sent, and it will be the last of the first ones
+                os.killpg(victim, signal.SIGSTOP)
+            done.append(await client.generate([3 + number % 10], length, Sampling(n=1, max_tokens=length)))
+
+    async def all_of_them() -> int:
+        tasks = [asyncio.ensure_future(one(number)) for number in range(requests)]
+        deadline, seen, since = time.monotonic() + 60, -1, time.monotonic()
+        while time.monotonic() < deadline and time.monotonic() - since < 3:  # nothing new for so long
+            await asyncio.sleep(0.05)
+            if len(done) != seen:
+                seen, since = len(done), time.monotonic()
+        os.killpg(victim, signal.SIGCONT)
+        await asyncio.gather(*tasks)
+        return seen
+
+    try:
+        meanwhile = loop.run(all_of_them()).result(200)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(victim, signal.SIGCONT)
+    lost = loop.call(client.counts.metrics)["engines/lost_requests"]
+    loop.run(client.close()).result()
+    engines.close()
+    loop.close()
+    return {"meanwhile": meanwhile, "tokens": [len(completion.tokens) for completion in done], "lost": lost}
 
 
 def _same(sender: Sender) -> Sender:

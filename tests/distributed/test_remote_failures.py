@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -75,15 +79,16 @@ def test_requests_that_a_push_meets(ranks, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_run_outlives_servers_that_are_killed_while_they_generate(ranks, recipe) -> None:
-    """Two servers, each killed once: what is lost is sampled again, those started anew join, and every step has all of
-    its groups, once."""
-    steps, name = 40, "killed"
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "standing-still"])
+def test_a_run_outlives_servers_that_end_while_they_generate(ranks, recipe, how: signal.Signals) -> None:
+    """Two servers, each killed once, or, as a machine that hangs, neither answering nor hanging up: what is lost is
+    sampled again, those started anew join, and every step has all of its groups, once."""
+    steps, name = 40, how.name
     overrides = [*SAMPLED, "rollout.max_staleness=1", f"run.max_num_steps={steps}", "data.shuffle=false"]
     folder, settings = started(recipe, name, None, 2, [*REMOTE, *overrides])
     metrics = folder / "metrics.jsonl"
     with served(recipe, *settings, count=2) as servers:
-        killer = threading.Thread(target=_kill_one_after_another, args=(servers, folder, metrics), daemon=True)
+        killer = threading.Thread(target=_end_one_after_another, args=(servers, folder, metrics, how), daemon=True)
         killer.start()
         assert ranks.run(train_cases.train, 2, recipe=str(recipe), overrides=settings) == ["done"] * 2
         killer.join(60)
@@ -99,18 +104,88 @@ def test_a_run_outlives_servers_that_are_killed_while_they_generate(ranks, recip
     assert sum(times.values()) <= (steps + 2) * 8 * 4
 
 
-def _kill_one_after_another(servers: list[dict], folder: Path, metrics: Path) -> None:
+def _end_one_after_another(servers: list[dict], folder: Path, metrics: Path, how: signal.Signals) -> None:
     first, second = servers
     _wait(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3)
-    os.killpg(first["pid"], signal.SIGKILL)
+    os.killpg(first["pid"], how)
     _wait(lambda: len(set(discover(folder / "engines")) - {first["url"], second["url"]}) == 1)  # one has come anew
-    os.killpg(second["pid"], signal.SIGKILL)
+    os.killpg(second["pid"], how)
 
 
 def _wait(what, seconds: float = 240) -> None:
     deadline = time.monotonic() + seconds
     while not what() and time.monotonic() < deadline:
         time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_slow_server_holds_up_its_own_requests_alone(ranks, recipe) -> None:
+    """Two servers, eight requests at a time, of which each server has four when one of them stands still for some
+    seconds: all later ones are answered by the other, and nothing is lost."""
+    settings = [*SAMPLED, *REMOTE[:2], "run.name=slow", "rollout.max_response_length=40"]
+    with served(recipe, *settings, count=2) as servers:
+        (found,) = ranks.run(
+            remote_cases.one_stands_still,
+            1,
+            recipe=str(recipe),
+            urls=[server["url"] for server in servers],
+            token=token_of(recipe.parent / "runs" / "slow" / "engines"),
+            victim=servers[0]["pid"],
+            requests=24,
+            at_a_time=8,
+            length=40,
+        )
+    assert found["meanwhile"] == 24 - 4
+    assert len(found["tokens"]) == 24 and min(found["tokens"]) > 0 and found["lost"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_trainer_that_is_killed_in_the_middle_of_a_push_goes_on_with_the_same_servers(recipe) -> None:
+    """Servers have half of version 3 then. They stay alive, and paused; the run that is started again gives them the
+    weights of its checkpoint, whole: verified bit by bit at both ends, and by the log-probs of every step."""
+    name = "dying"
+    settings = [f"run.name={name}", "cluster.gpus_per_node=2", *REMOTE, *SAMPLED, "rollout.max_staleness=1"]
+    settings += ["checkpoint.save_period=1", "reward.functions=[{name: 'tests.fixtures.digits:even'}]"]
+    settings += ["reward.save_scores=true", "weight_sync.verify=true", "data.shuffle=false"]
+    folder = recipe.parent / "runs" / name
+    with served(recipe, *settings) as (server,):
+        sender = Path(__file__).with_name("dying_sender.py")
+        codes, words = _ranks([str(sender), "3", str(recipe), *settings])
+        assert codes[0] == -signal.SIGKILL and codes[1] not in (0, -signal.SIGKILL), words
+        assert len(read_metrics(folder)) == 3
+        assert _asked(server["url"], "is_paused", folder) == {"is_paused": True}
+        codes, words = _ranks(["-m", "megarl.train", str(recipe), *settings])
+        assert codes == [0, 0], words
+        assert discover(folder / "engines") == [server["url"]]
+        assert _asked(server["url"], "weight_info", folder)["weight_version"] == "6"
+    records = read_metrics(folder)
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    kept = [record["step"] for record in records if "gen_kl_error" in record]
+    assert 4 in kept and all(record["gen_kl_error"] < 1e-9 for record in records if record["step"] in kept)
+    trained = [json.loads(line) for line in (folder / "rewards.jsonl").read_text().splitlines()]
+    last = {(row["step"], row["id"]) for row in trained}
+    assert last == {(step, f"train.jsonl:{8 * (step - 1) + k + 1}") for step in range(1, 7) for k in range(8)}
+
+
+def _ranks(command: list[str]) -> tuple[list[int], str]:
+    """Two ranks, each a process that nobody ends but itself: their exit codes, and what they said."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    settings = {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environments = [os.environ | meet | settings | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    started = [subprocess.Popen([sys.executable, *command], env=env, **pipes) for env in environments]
+    words = [process.communicate(timeout=400)[0][-4000:] for process in started]
+    return [process.returncode for process in started], "\n".join(words)
+
+
+def _asked(url: str, path: str, folder: Path) -> dict:
+    headers = {"Authorization": f"Bearer {token_of(folder / 'engines')}"}
+    with urllib.request.urlopen(urllib.request.Request(f"{url}/{path}", headers=headers), timeout=30) as answer:
+        return json.loads(answer.read())
 
 
 @pytest.mark.slow
@@ -122,6 +197,10 @@ def test_rewards_that_raise_or_hang(ranks, recipe) -> None:
         broken = "reward.functions=[{name: 'tests.fixtures.digits:raises_on_seven'}]"
         folder, settings = started(recipe, "raises", engines, 2, [*SAMPLED, broken, "reward.on_error=abort"])
         with pytest.raises(AssertionError, match=r"prompt train\.jsonl:\d+: RewardError: 4 of 4 samples .*, twice"):
+            ranks.run(train_cases.train, 2, recipe=str(recipe), overrides=settings)
+        hanging = ["reward.functions=[{name: 'tests.fixtures.digits:hangs_on_seven'}]", "reward.timeout_s=0.5"]
+        folder, settings = started(recipe, "hangs", engines, 2, [*SAMPLED, *hanging, "reward.on_error=abort"])
+        with pytest.raises(AssertionError, match=r"prompt train\.jsonl:\d+: RewardError: .*timed out after 0\.5 s"):
             ranks.run(train_cases.train, 2, recipe=str(recipe), overrides=settings)
         folder, settings = started(recipe, "drops", engines, 2, [*SAMPLED, broken, "run.max_num_steps=2"])
         assert ranks.run(train_cases.train, 2, recipe=str(recipe), overrides=settings) == ["done"] * 2

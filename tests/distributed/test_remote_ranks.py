@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from megarl.observe.metrics import read_metrics
 from tests.distributed import resume_cases, train_cases
@@ -37,10 +40,21 @@ REMOTE = ["rollout.mode=remote", "rollout.max_num_seqs=16", "rollout.num_engines
 @pytest.fixture(scope="module")
 def recipe(tiny_chat_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("remote")
+    model = differing(tiny_chat_model, folder / "model")
     rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(8) for b in range(8)]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     path = folder / "recipe.yaml"
-    path.write_text(RECIPE.format(root=folder / "runs", model=tiny_chat_model, data=folder / "train.jsonl"))
+    path.write_text(RECIPE.format(root=folder / "runs", model=model, data=folder / "train.jsonl"))
+    return path
+
+
+def differing(tiny: Path, path: Path) -> Path:
+    """A model whose likeliest answers differ from prompt to prompt. Of one with tied embeddings and small weights every
+    answer is the prompt's last character, again and again."""
+    shutil.copytree(tiny, path)
+    config = AutoConfig.from_pretrained(tiny, tie_word_embeddings=False, initializer_range=0.1)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(path)
     return path
 
 
@@ -73,6 +87,16 @@ def scored(folder: Path) -> list[list]:
     return [json.loads(line) for line in (folder / "scored.jsonl").read_text().splitlines()]
 
 
+def likeliest(model: Path, prompts: list[str]) -> dict[str, list[int]]:
+    """What the model, as transformers computes it, answers with its likeliest tokens."""
+    tokenizer, policy = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+    out = {}
+    for prompt in prompts:
+        tokens = torch.tensor([tokenizer.encode(prompt)])
+        out[prompt] = policy.generate(tokens, do_sample=False, max_new_tokens=6)[0, tokens.shape[1] :].tolist()
+    return out
+
+
 def check_same(found, expected):
     """Every prompt's tokens, and every step's numbers."""
     assert sorted(found[1]) == sorted(expected[1])
@@ -87,7 +111,9 @@ def test_without_staleness_remote_is_colocated_token_for_token(ranks, recipe, en
     expected = run(ranks, recipe, "colocated", None, 1, GREEDY)
     found = run(ranks, recipe, "remote", engines, 2, GREEDY)
     check_same(found, expected)
-    assert len({tuple(ids) for _, ids in found[1]}) > 6  # the policy moved, and its responses with it
+    start = likeliest(recipe.parent / "model", [prompt for prompt, _ in found[1]])
+    assert len({tuple(ids) for ids in start.values()}) > 16
+    assert sum(start[prompt] != ids for prompt, ids in found[1]) > 8  # the policy moved, and its responses with it
     assert all(step["staleness/max"] == 0 and step["frac_mixed_version"] == 0 for step in found[0])
     assert all(step["engines/number"] == 1 for step in found[0])
 
