@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import time
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import Future
 from functools import partial
@@ -77,6 +78,14 @@ def pushed_while_servers_die(
     return had
 
 
+def generated(url: str, token: str) -> float:
+    """How many tokens a server has generated, by its own count."""
+    headers = {"Authorization": f"Bearer {token}"}
+    with urllib.request.urlopen(urllib.request.Request(f"{url}/metrics", headers=headers), timeout=60) as answer:
+        lines = answer.read().decode().splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith("vllm:generation_tokens_total"))
+
+
 def in_flight(
     recipe: str, overrides: list[str], url: str, token: str, folders: list[str], prompts: list[list[int]], length: int
 ) -> dict[str, list[list[Completion]]]:
@@ -102,11 +111,10 @@ def in_flight(
             return [loop.run(client.generate(prompt, length, sampling)) for prompt in prompts]
 
         give(old, 0)
-        began = time.monotonic()
-        for request in ask():
-            request.result(120)
+        before = generated(url, token)
         running = ask()
-        time.sleep((time.monotonic() - began) / 3)
+        while generated(url, token) < before + len(prompts) * length / 4:
+            time.sleep(0.01)
         give(new, 1)
         met = [request.result(120) for request in running]
         out[mode] = [met, [request.result(120) for request in ask()]]
