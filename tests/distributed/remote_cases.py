@@ -113,7 +113,7 @@ def in_flight(
         give(old, 0)
         before = generated(url, token)
         running = ask()
-        while generated(url, token) < before + len(prompts) * length / 4:
+        while generated(url, token) < before + len(prompts) * length / 8:
             time.sleep(0.01)
         give(new, 1)
         met = [request.result(120) for request in running]

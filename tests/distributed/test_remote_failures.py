@@ -25,8 +25,8 @@ from tests.distributed.servers import served
 from tests.distributed.test_remote_ranks import REMOTE, SAMPLED, recipe, scored, started
 
 __all__ = ["recipe"]  # the fixture
-PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5], [3], [77, 78]]
-LENGTH = 150
+PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5], [3], [77, 78], [40], [50, 60], [99, 98, 97, 96], [12, 12]]
+LENGTH = 230
 
 
 @pytest.mark.slow
@@ -34,7 +34,8 @@ LENGTH = 150
 def test_requests_that_a_push_meets(ranks, tmp_path: Path) -> None:
     """Every token's log-prob against transformers', with the weights that the server says it is of: 0.01 at most, but
     for those that go on with a cache of the old weights."""
-    folders = [tiny_models.qwen2(tmp_path / name, seed=seed) for seed, name in enumerate(["old", "new"])]
+    # Wide enough that a response takes about a second.
+    folders = [tiny_models.qwen2(tmp_path / name, seed=seed, width=8) for seed, name in enumerate(["old", "new"])]
     models = [AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in folders]
     (tmp_path / "data.jsonl").touch()
     path = tmp_path / "recipe.yaml"
@@ -42,7 +43,7 @@ def test_requests_that_a_push_meets(ranks, tmp_path: Path) -> None:
         f"cluster: {{device: cpu}}\nrun: {{name: served, root: {tmp_path}}}\n"
         f"model: {{path: {folders[0]}, dtype: fp32}}\n"
         f"data: {{path: {tmp_path}/data.jsonl, max_prompt_length: 16}}\n"
-        "rollout: {mode: remote, max_response_length: 160, max_num_seqs: 8, kv_cache_gb: 0.05}\n"
+        "rollout: {mode: remote, max_response_length: 236, max_num_seqs: 8, kv_cache_gb: 0.05}\n"
     )
     with served(path) as (server,):
         token = token_of(tmp_path / "served" / "engines")
