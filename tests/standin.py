@@ -43,7 +43,7 @@ class StandIn:
         self.weights: dict[str, torch.Tensor] = {}
         self.names: set[str] = set()
         self.version, self.paused, self.active, self.dead = "default", False, False, False
-        self.group: wire.Group | None = None
+        self.groups: list[wire.Group] = []
         stand_in = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -86,8 +86,8 @@ class StandIn:
         self.dead = True
         self.http.shutdown()
         self.http.server_close()
-        if self.group is not None:
-            self.group.close()
+        for group in self.groups:
+            group.close()
 
     def health(self) -> None:
         pass
@@ -106,7 +106,8 @@ class StandIn:
         store = dist.TCPStore(
             init_info["host"], init_info["port"], is_master=False, timeout=timedelta(seconds=init_info["timeout_s"])
         )
-        self.group = wire.Group.join(store, init_info["first_rank"], init_info["size"], CPU, init_info["timeout_s"])
+        where = init_info["first_rank"], init_info["size"], CPU, init_info["timeout_s"]
+        self.groups = [wire.Group.join(store, *where, sender) for sender in range(init_info["senders"])]
 
     def start_weight_update(self) -> None:
         if self.active:
@@ -114,19 +115,24 @@ class StandIn:
         self.active, self.weights = True, {}
 
     def update_weights(self, update_info) -> None:
-        assert self.active and self.paused and self.group is not None
+        assert self.active and self.paused and self.groups
         try:
             self.names = set(update_info["names"])
             metadata = wire.understood(update_info["names"], update_info["shapes"], update_info["dtypes"])
-            for number, bucket in enumerate(wire.buckets_of(metadata, update_info["bucket_bytes"])):
+            buckets = (
+                (self.groups[sender], bucket)
+                for sender, share in wire.shares_of(metadata, update_info["senders"])
+                for bucket in wire.buckets_of(share, update_info["bucket_bytes"])
+            )
+            for number, (group, bucket) in enumerate(buckets):
                 if number == self.dies_at:
                     self.die()
                     raise ConnectionAbortedError
                 buffer, tensors = wire.views(bucket, CPU)
-                self.group.broadcast(buffer)
+                group.broadcast(buffer)
                 if update_info["verify"]:
                     sent = torch.zeros(1, dtype=torch.int64)
-                    self.group.broadcast(sent)
+                    group.broadcast(sent)
                     if self.flips:
                         buffer[3] ^= 1
                     if checksum(buffer) != sent.item():

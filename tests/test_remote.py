@@ -15,6 +15,7 @@ from megarl.rollout.vllm_engine import Sampling, VLLMEngine
 from tests.distributed import remote_cases, tiny_models
 from tests.distributed.push_ranks import PROMPTS, random_model
 from tests.distributed.servers import generate, served, serving
+from tests.standin import StandIn
 
 
 def recipe(folder: Path) -> Path:
@@ -44,6 +45,29 @@ def test_a_server_gets_the_trainers_weights(ranks, tmp_path: Path) -> None:
         overrides = ["cluster.gpus_per_node=2", "parallel.pipeline_model_parallel_size=2"]
         ranks.run(remote_cases.pushed, 2, recipe=str(recipe(tmp_path)), model=str(new), overrides=overrides, urls=[url])
         assert error() < 1e-5
+
+
+def test_every_pipeline_stage_sends_its_own_weights(ranks, tiny_hf, tmp_path: Path) -> None:
+    """With TP 2 and PP 2, from the first rank of each stage, in a group of its own; bit for bit what the file has. One
+    of two servers dies in the middle of the second stage's share: the other is sent everything again."""
+    new = tiny_hf("qwen2")
+    expected = load_file(new / "model.safetensors")
+    last = {name for name in expected if name.startswith(("model.layers.2.", "model.layers.3.", "model.norm", "lm_h"))}
+    lives, dies = StandIn(), StandIn(dies_at=len(expected) - len(last) + 1)  # each tensor is a bucket
+    layout = ["tensor_model_parallel_size=2", "sequence_parallel=true", "pipeline_model_parallel_size=2"]
+    found = ranks.run(
+        remote_cases.sent,
+        4,
+        recipe=str(recipe(tmp_path)),
+        model=str(new),
+        overrides=["cluster.gpus_per_node=4", *(f"parallel.{setting}" for setting in layout)],
+        urls=sorted([lives.url, dies.url]),
+        token="secret",
+    )
+    assert [had for *had, _ in found] == [[[lives.url]] * 2] * 4 and dies.dead
+    assert [set(names) for *_, names in found] == [expected.keys() - last, set(), last, set()]
+    assert lives.version == "1" and lives.weights.keys() == expected.keys()
+    assert all(torch.equal(lives.weights[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from megarl.model.engine import Engine, HostWeights
 from megarl.model.family import read_spec
 from megarl.observe.run import Run
 from megarl.parallel.mesh import Mesh
-from megarl.rollout.remote import to_sender
+from megarl.rollout.remote import to_senders
 from megarl.rollout.remote_sampler import RemoteSampler
 from megarl.rollout.sampler import Sampler
 from megarl.rollout.table import Rollout
@@ -125,7 +125,7 @@ def prepare(cfg: Config, run: Run, mesh: Mesh, *, reference: bool) -> Parts:
             replays_experts=cfg.rollout.router_replay,
         )
         colocated = cfg.rollout.mode == "colocated"
-        deal = to_engines(policy.spec, mesh, cfg.rollout.tensor_parallel_size) if colocated else to_sender(mesh)
+        deal = to_engines(policy.spec, mesh, cfg.rollout.tensor_parallel_size) if colocated else to_senders(mesh)
         return Parts(
             cfg=cfg,
             run=run,

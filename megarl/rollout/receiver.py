@@ -9,7 +9,7 @@ end is `megarl.rollout.remote`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -25,13 +25,14 @@ from megarl.weights.checksums import checksum
 
 @dataclass
 class Meeting(WeightTransferInitInfo):
-    """Where the group meets, and this engine's place in it."""
+    """Where the groups meet, and this engine's place in them."""
 
     host: str
     port: int
     first_rank: int
     size: int
     timeout_s: float
+    senders: int  # each has a group of its own, with all engines
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Announced(WeightTransferUpdateInfo):
     names: list[str]
     shapes: list[list[int]]
     dtypes: list[str]
+    senders: list[int]  # which one each tensor comes from
     bucket_bytes: int
     verify: bool  # whether each bucket is followed by its checksum
 
@@ -50,7 +52,7 @@ class Transfer(WeightTransferEngine[Meeting, Announced]):
 
     init_info_cls = Meeting
     update_info_cls = Announced
-    group: wire.Group | None = None
+    groups: Sequence[wire.Group] = ()  # by sender
 
     def init_transfer_engine(self, init_info: Meeting) -> None:
         self.shutdown()  # a new group takes the place of one that has lost members
@@ -58,7 +60,10 @@ class Transfer(WeightTransferEngine[Meeting, Announced]):
         store = dist.TCPStore(init_info.host, init_info.port, is_master=False, timeout=timeout)
         parallel = self.parallel_config
         rank = init_info.first_rank + parallel.data_parallel_index * parallel.world_size + parallel.rank
-        self.group = wire.Group.join(store, rank, init_info.size, self.device, init_info.timeout_s)
+        self.groups = [
+            wire.Group.join(store, rank, init_info.size, self.device, init_info.timeout_s, sender)
+            for sender in range(init_info.senders)
+        ]
 
     def start_weight_update(self) -> None:
         vllm_model.begin_reload(self.model)
@@ -75,21 +80,21 @@ class Transfer(WeightTransferEngine[Meeting, Announced]):
             raise
 
     def _incoming(self, announced: Announced) -> Iterator[tuple[str, torch.Tensor]]:
-        if self.group is None:
+        if not self.groups:
             raise RuntimeError("weights came before init_weight_transfer_engine")
         metadata = wire.understood(announced.names, announced.shapes, announced.dtypes)
-        for bucket in wire.buckets_of(metadata, announced.bucket_bytes):
-            buffer, tensors = wire.views(bucket, self.device)
-            self.group.broadcast(buffer)
-            if announced.verify:
-                self._verify(bucket, buffer)
-            yield from tensors.items()
-            del buffer, tensors
+        for sender, share in wire.shares_of(metadata, announced.senders):
+            for bucket in wire.buckets_of(share, announced.bucket_bytes):
+                buffer, tensors = wire.views(bucket, self.device)
+                self.groups[sender].broadcast(buffer)
+                if announced.verify:
+                    self._verify(bucket, buffer, sender)
+                yield from tensors.items()
+                del buffer, tensors
 
-    def _verify(self, bucket: wire.Metadata, buffer: torch.Tensor) -> None:
-        assert self.group is not None
+    def _verify(self, bucket: wire.Metadata, buffer: torch.Tensor, sender: int) -> None:
         sent = torch.zeros(1, dtype=torch.int64, device=buffer.device)
-        self.group.broadcast(sent)
+        self.groups[sender].broadcast(sent)
         if (found := checksum(buffer)) != sent.item():
             names = f"{bucket[0][0]} to {bucket[-1][0]}"
             raise RuntimeError(f"a bucket of weights, {names}, has checksum {found}, but was sent with {sent.item()}")
@@ -98,9 +103,9 @@ class Transfer(WeightTransferEngine[Meeting, Announced]):
         vllm_model.end_reload(self.model, self.vllm_config)
 
     def shutdown(self) -> None:
-        if self.group is not None:
-            self.group.close()
-        self.group = None
+        for group in self.groups:
+            group.close()
+        self.groups = ()
 
 
 class Receiver:

@@ -33,7 +33,7 @@ from megarl.rewards.runner import RewardResult
 from megarl.rollout.auth import token_of
 from megarl.rollout.client import Bound, Client
 from megarl.rollout.conversation import Sampling
-from megarl.rollout.remote import RemoteEngines, RemoteError, Sender
+from megarl.rollout.remote import RemoteEngines, RemoteError, Sender, Senders
 from megarl.rollout.sampler import Draw
 from megarl.rollout.scoring import Scorer
 from megarl.rollout.serve import discover, engines_folder
@@ -166,14 +166,15 @@ class RemoteSampler:
 
     def _push(self, weights: WeightStream, version: int) -> None:
         if self._engines is None:
-            self._engines = RemoteEngines(self.mesh, partial(self._sender, weights))
+            senders = Senders.of_stream(weights)
+            self._engines = RemoteEngines(self.mesh, partial(self._sender, weights, senders), senders.ranks)
         self._engines.announce(version)
         try:
             push(weights, self._engines, verify=self.cfg.weight_sync.verify)
         except RemoteError as error:
             raise RolloutError(str(error)) from error
 
-    def _sender(self, weights: WeightStream) -> Sender:
+    def _sender(self, weights: WeightStream, senders: Senders) -> Sender:
         r, sync = self.cfg.rollout, self.cfg.weight_sync
         folder = engines_folder(self.cfg)
         return Sender(
@@ -181,6 +182,8 @@ class RemoteSampler:
             weights.metadata,
             sync.bucket_size_mb << 20,
             self.mesh.device,
+            senders=senders,
+            rank=self.mesh.rank,
             token=token_of(folder),
             on_update=r.on_update,
             min_engines=r.min_engines,

@@ -6,6 +6,7 @@ its own: neither end's default process group knows of it.
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +37,12 @@ def buckets_of(metadata: Metadata, bucket_bytes: int) -> Iterator[Metadata]:
         yield bucket
 
 
+def shares_of(metadata: Metadata, senders: Iterable[int]) -> list[tuple[int, Metadata]]:
+    """Which sender each tensor comes from -> the sender and its tensors, in turn."""
+    runs = itertools.groupby(zip(senders, metadata, strict=True), key=lambda pair: pair[0])
+    return [(sender, [entry for _, entry in pairs]) for sender, pairs in runs]
+
+
 def views(bucket: Metadata, device: torch.device) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """New memory for a bucket, as bytes and as its tensors."""
     buffer = torch.empty(sum(_aligned(shape, dtype) for _, shape, dtype in bucket), dtype=torch.uint8, device=device)
@@ -52,15 +59,17 @@ def _aligned(shape: tuple[int, ...], dtype: torch.dtype) -> int:
 
 @dataclass
 class Group:
-    """The sender, rank 0, and every worker of every engine."""
+    """A sender, rank 0, and every worker of every engine."""
 
     group: Any  # dist.ProcessGroupGloo or dist.ProcessGroupNCCL, made directly
     store: dist.TCPStore | None
 
     @classmethod
-    def join(cls, store: dist.TCPStore, rank: int, size: int, device: torch.device, timeout_s: float) -> Group:
-        """A collective over all ``size`` members."""
-        prefixed, timeout = dist.PrefixStore("weights", store), timedelta(seconds=timeout_s)
+    def join(
+        cls, store: dist.TCPStore, rank: int, size: int, device: torch.device, timeout_s: float, sender: int = 0
+    ) -> Group:
+        """A collective over all ``size`` members of the group of this sender."""
+        prefixed, timeout = dist.PrefixStore(f"weights-{sender}", store), timedelta(seconds=timeout_s)
         if device.type == "cuda":
             options = dist.ProcessGroupNCCL.Options()
             options._timeout = timeout

@@ -17,7 +17,7 @@ from megarl.model.family import ModelSpec, as_classifier
 from megarl.parallel.collectives import gather_objects
 from megarl.parallel.mesh import Mesh
 from megarl.weights.hf_writer import HFDirectory, HFTensor, OpenFile, PlannedFile, plan_files
-from megarl.weights.plan import EVERYTHING, Box, Item, Needs, with_copies
+from megarl.weights.plan import EVERYTHING, Box, Holders, Item, Needs, with_copies
 from megarl.weights.rules import CanonTensor
 from megarl.weights.stream import Deal, WeightStream
 
@@ -45,7 +45,7 @@ def save_hf(
     """
     files: list[PlannedFile] = []
 
-    def deal(items: list[Item]) -> tuple[list[Item], Needs]:
+    def deal(items: list[Item], holders: Holders) -> tuple[list[Item], Needs]:
         items = with_copies(items, spec.duplicates())
         files.extend(plan_files([HFTensor(i.name, i.shape, i.dtype) for i in items], max_file_bytes))
         writer = {t.name: k % mesh.world_size for k, file in enumerate(files) for t in file.tensors}

@@ -34,12 +34,12 @@ from megarl.weights.rules import CanonTensor
 from megarl.weights.shard import segments
 from megarl.weights.transport import transport
 
-# The model's tensors, in streaming order -> the tensors that travel, in order, and who needs what of them (ranks by
-# their position in `Mesh.replica_ranks`).
-Deal = Callable[[list[Item]], tuple[list[Item], Needs]]
+# The model's tensors, in streaming order, and who holds what -> the tensors that travel, in order, and who needs what
+# of them (ranks by their position in `Mesh.replica_ranks`).
+Deal = Callable[[list[Item], Holders], tuple[list[Item], Needs]]
 
 
-def to_all(items: list[Item]) -> tuple[list[Item], Needs]:
+def to_all(items: list[Item], holders: Holders) -> tuple[list[Item], Needs]:
     """Every rank gets every tensor."""
     return items, whole
 
@@ -82,7 +82,7 @@ class WeightStream:
         tensors = {tensor.name: tensor for tensor in spec.tensors()}
         shares = self._held(tensors)
         self._holders = Holders(tensors.values(), shares)
-        self.items, self._needs = deal(items_of(tensors.values(), self._holders.dtypes))
+        self.items, self._needs = deal(items_of(tensors.values(), self._holders.dtypes), self._holders)
         size, self._position = len(mesh.replica_ranks), mesh.replica_ranks.index(mesh.rank)
         self._shares = shares[self._position]
         self.buckets = make_plan(self.items, self._holders, self._needs, size, self._position, bucket_bytes)
@@ -93,6 +93,15 @@ class WeightStream:
     def metadata(self) -> list[tuple[str, tuple[int, ...], torch.dtype]]:
         """(name, shape, dtype) of every tensor of the stream, in its order: static, the same on every rank."""
         return [(item.name, item.shape, item.dtype) for item in self.items]
+
+    @property
+    def receivers(self) -> list[list[int]]:
+        """Of every tensor of the stream, in its order: the ranks of this model replica that get something of it."""
+        ranks = self.mesh.replica_ranks
+        return [
+            [rank for at, rank in enumerate(ranks) if self._needs(at, item.parts[0], item.name) is not None]
+            for item in self.items
+        ]
 
     def _held(self, tensors: dict[str, CanonTensor]) -> list[dict[str, Held]]:
         """What each rank of the replica holds. The only exchange of names."""

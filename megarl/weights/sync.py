@@ -13,7 +13,7 @@ from megarl.parallel.mesh import Mesh
 from megarl.rollout.vllm_layout import kept_by
 from megarl.weights.boxed import SyncError
 from megarl.weights.checksums import Checked
-from megarl.weights.plan import Box, Item, Needs
+from megarl.weights.plan import Box, Holders, Item, Needs
 from megarl.weights.rules import CanonTensor
 from megarl.weights.stream import Deal, WeightStream
 
@@ -41,7 +41,7 @@ def to_engines(spec: ModelSpec, mesh: Mesh, tensor_parallel_size: int) -> Deal:
     def needs(position: int, tensor: CanonTensor, name: str) -> Box:
         return kept(mesh.replica_ranks[position] % tensor_parallel_size, tensor, name)
 
-    def deal(items: list[Item]) -> tuple[list[Item], Needs]:
+    def deal(items: list[Item], holders: Holders) -> tuple[list[Item], Needs]:
         return items, needs
 
     return deal

@@ -20,7 +20,7 @@ from megarl.config import load
 from megarl.parallel.mesh import Mesh, build_mesh
 from megarl.rollout.client import Client
 from megarl.rollout.conversation import Completion, Sampling
-from megarl.rollout.remote import RemoteEngines, Sender, to_sender
+from megarl.rollout.remote import RemoteEngines, Sender, Senders, to_senders
 from megarl.rollout.stream import Loop
 from megarl.weights.stream import WeightStream
 from megarl.weights.sync import push
@@ -30,20 +30,44 @@ from tests.distributed.model_cases import engine_of
 def pushed(recipe: str, model: str, overrides: list[str], urls: list[str]) -> None:
     """Push twice, the second time verified."""
     policy = engine_of(recipe, model, overrides)
-    stream = policy.stream(1 << 16, to_sender(policy.mesh))
+    stream = policy.stream(1 << 16, to_senders(policy.mesh))
     engines = engines_of(policy.mesh, stream, urls, verify=True)
     push(stream, engines)
     push(stream, engines, verify=True)
     engines.close()
 
 
-def engines_of(
-    mesh: Mesh, stream: WeightStream, urls: list[str], token: str | None = None, **more: Any
-) -> RemoteEngines:
-    def sender() -> Sender:
-        return Sender(lambda: urls, stream.metadata, 1 << 15, mesh.device, token=token, timeout_s=100, **more)
+def sent(
+    recipe: str, model: str, overrides: list[str], urls: list[str], token: str
+) -> tuple[list[str], list[str], list[str]]:
+    """Push to two servers, one of which dies in it, and again. Returns who had the weights after the first push and
+    the second, and the tensors that this rank sends."""
+    policy = engine_of(recipe, model, overrides)
+    stream = policy.stream(1 << 16, to_senders(policy.mesh))
+    engines, had = engines_of(policy.mesh, stream, urls, token, bucket_bytes=1), []
+    for version in range(2):
+        engines.announce(version)
+        push(stream, engines)
+        had.append(engines.urls)
+    engines.close()
+    return *had, [name for name, _ in stream]
 
-    return RemoteEngines(mesh, sender)
+
+def engines_of(
+    mesh: Mesh,
+    stream: WeightStream,
+    urls: list[str],
+    token: str | None = None,
+    bucket_bytes: int = 1 << 15,
+    **more: Any,
+) -> RemoteEngines:
+    senders = Senders.of_stream(stream)
+
+    def sender() -> Sender:
+        who = {"senders": senders, "rank": mesh.rank, "token": token, "timeout_s": 100}
+        return Sender(lambda: urls, stream.metadata, bucket_bytes, mesh.device, **who, **more)
+
+    return RemoteEngines(mesh, sender, senders.ranks)
 
 
 class Killing:
@@ -66,7 +90,7 @@ def pushed_while_servers_die(
     """Push to all, then to those left once the first victim is dead, then while the second one dies. Returns who had
     the weights after each."""
     policy = engine_of(recipe, model, overrides)
-    stream = policy.stream(1 << 16, to_sender(policy.mesh))
+    stream = policy.stream(1 << 16, to_senders(policy.mesh))
     engines, had = engines_of(policy.mesh, stream, urls, token), []
     for version, weights in enumerate([stream, stream, Killing(stream, victims[1])]):
         if version == 1 and policy.mesh.rank == 0:
