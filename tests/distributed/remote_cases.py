@@ -149,12 +149,19 @@ def in_flight(
 
 
 def one_stands_still(
-    recipe: str, urls: list[str], token: str, victim: int, requests: int, at_a_time: int, length: int
+    recipe: str,
+    overrides: list[str],
+    urls: list[str],
+    token: str,
+    victim: int,
+    requests: int,
+    at_a_time: int,
+    length: int,
 ) -> dict[str, Any]:
     """Requests to two servers, of which one is stopped as soon as both have their share, and let go on when the other
     has no more to do. Returns how many were answered meanwhile, how many tokens each got, how many were lost."""
-    mesh = build_mesh(load([recipe]))
-    policy = load_file(f"{load([recipe]).model.path}/model.safetensors")
+    cfg = load([recipe, *overrides])
+    mesh, policy = build_mesh(cfg), load_file(f"{cfg.model.path}/model.safetensors")
     metadata = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in policy.items()]
     sender = Sender(lambda: urls, metadata, 1 << 20, mesh.device, token=token, timeout_s=100)
     engines, loop = RemoteEngines(mesh, partial(_same, sender)), Loop("one-stands-still")

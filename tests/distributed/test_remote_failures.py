@@ -130,6 +130,7 @@ def test_a_slow_server_holds_up_its_own_requests_alone(ranks, recipe) -> None:
             remote_cases.one_stands_still,
             1,
             recipe=str(recipe),
+            overrides=settings,
             urls=[server["url"] for server in servers],
             token=token_of(recipe.parent / "runs" / "slow" / "engines"),
             victim=servers[0]["pid"],
