@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from megarl.algorithms import ALGORITHMS
 from megarl.checkpoint.resume import find
 from megarl.config import load
@@ -24,6 +26,33 @@ class StopsAfter:
 
     def leave(self) -> None:
         pass
+
+
+class StopsWhen:
+    """A watchdog that hears a signal once a file is there."""
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path)
+
+    @property
+    def stop_requested(self) -> str | None:
+        return "SIGTERM" if self._path.exists() else None
+
+    def enter(self, name: str) -> None:
+        pass
+
+    def leave(self) -> None:
+        pass
+
+
+def train_until(recipe: str, overrides: list[str], path: str) -> str | None:
+    """Run the recipe until a file is there. Returns why it stopped."""
+    cfg = load([recipe, *overrides])
+    mesh = build_mesh(cfg)
+    run = Run(cfg, mesh.rank, mesh.world_size, mesh.describe(), None, StopsWhen(path), find(cfg, mesh))
+    ALGORITHMS[cfg.algorithm](cfg, run, mesh)
+    run.finish()
+    return run.stopped
 
 
 def train(

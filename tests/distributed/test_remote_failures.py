@@ -21,13 +21,14 @@ from transformers import AutoModelForCausalLM
 from megarl.observe.metrics import read_metrics
 from megarl.rollout.auth import token_of
 from megarl.rollout.serve import discover
-from tests.distributed import remote_cases, tiny_models, train_cases
+from tests.distributed import remote_cases, resume_cases, tiny_models, train_cases
 from tests.distributed.servers import served
-from tests.distributed.test_remote_ranks import REMOTE, SAMPLED, recipe, scored, started
+from tests.distributed.test_remote_ranks import REMOTE, SAMPLED, recipe, started
 
 __all__ = ["recipe"]  # the fixture
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5], [3], [77, 78], [40], [50, 60], [99, 98, 97, 96], [12, 12]]
 LENGTH = 230
+IN_ORDER = ["data.shuffle=false", "reward.save_scores=true"]
 
 
 @pytest.mark.slow
@@ -85,36 +86,53 @@ def test_requests_that_a_push_meets(ranks, tmp_path: Path) -> None:
 def test_a_run_outlives_servers_that_end_while_they_generate(ranks, recipe, how: signal.Signals) -> None:
     """Two servers: of one the engine is killed, of the other every process; or they stand still, as a machine that
     hangs. What is lost is sampled again, those started anew join, and every step has all of its groups, once."""
-    steps, name = 40, how.name
-    overrides = [*SAMPLED, "rollout.max_staleness=1", f"run.max_num_steps={steps}", "data.shuffle=false"]
-    folder, settings = started(recipe, name, None, 2, [*REMOTE, *overrides])
-    metrics = folder / "metrics.jsonl"
+    overrides = [*SAMPLED, "rollout.max_staleness=1", "run.max_num_steps=700", *IN_ORDER]
+    folder, settings = started(recipe, how.name, None, 2, [*REMOTE, *overrides])
+    enough = folder / "enough"
     with served(recipe, *settings, count=2) as servers:
-        killer = threading.Thread(target=_end_one_after_another, args=(servers, folder, metrics, how), daemon=True)
+        killer = threading.Thread(target=_end_one_after_another, args=(servers, folder, enough, how), daemon=True)
         killer.start()
-        assert ranks.run(train_cases.train, 2, recipe=str(recipe), overrides=settings) == ["done"] * 2
+        why = ranks.run(resume_cases.train_until, 2, recipe=str(recipe), overrides=settings, path=str(enough))
         killer.join(60)
     records = read_metrics(folder)
+    steps = len(records)
+    assert all(f"stopped after step {steps}" in words for words in why), why
     assert [record["step"] for record in records] == list(range(1, steps + 1))
     assert {record["engines/number"] for record in records} >= {1.0, 2.0}
     assert all(record["staleness/max"] <= 1 for record in records)
     assert not (folder / "events.jsonl").exists() or "reward" not in (folder / "events.jsonl").read_text()
-    times = {}
-    for prompt, _ in scored(folder):
-        times[prompt] = times.get(prompt, 0) + 1
-    assert all(count % 4 == 0 for count in times.values())  # whole groups
-    assert sum(times.values()) <= (steps + 2) * 8 * 4
+    check_trained(folder, steps)
 
 
-def _end_one_after_another(servers: list[dict], folder: Path, metrics: Path, how: signal.Signals) -> None:
+def check_trained(folder: Path, steps: int) -> None:
+    """Every step trained on the next eight prompts of the data, with four samples each."""
+    trained: dict[int, list[str]] = {step: [] for step in range(1, steps + 1)}
+    for line in (folder / "rewards.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        trained[row["step"]].append(row["id"])
+    for step, ids in trained.items():
+        expected = [f"train.jsonl:{(8 * (step - 1) + k) % 64 + 1}" for k in range(8) for _ in range(4)]
+        assert sorted(ids) == sorted(expected), step
+
+
+def _end_one_after_another(servers: list[dict], folder: Path, enough: Path, how: signal.Signals) -> None:
+    """Each after some steps; and some steps later it is enough."""
     first, second = servers
-    _wait(lambda: metrics.exists() and metrics.read_text().count("\n") >= 3)
+    metrics = folder / "metrics.jsonl"
+
+    def steps() -> int:
+        return metrics.read_text().count("\n") if metrics.exists() else 0
+
+    _wait(lambda: steps() >= 3)
     if how == signal.SIGKILL:  # its engine's process alone: callers get 500, and the server ends by itself
         os.kill(_engine_of(first["pid"]), how)
     else:
         os.killpg(first["pid"], how)
     _wait(lambda: len(set(discover(folder / "engines")) - {first["url"], second["url"]}) == 1)  # one has come anew
     os.killpg(second["pid"], how)
+    done = steps()
+    _wait(lambda: steps() >= done + 5)
+    enough.touch()
 
 
 def _engine_of(server: int) -> int:
@@ -159,7 +177,7 @@ def test_a_trainer_that_is_killed_in_the_middle_of_a_push_goes_on_with_the_same_
     name = "dying"
     settings = [f"run.name={name}", "cluster.gpus_per_node=2", *REMOTE, *SAMPLED, "rollout.max_staleness=1"]
     settings += ["checkpoint.save_period=1", "reward.functions=[{name: 'tests.fixtures.digits:even'}]"]
-    settings += ["reward.save_scores=true", "weight_sync.verify=true", "data.shuffle=false"]
+    settings += ["weight_sync.verify=true", *IN_ORDER]
     folder = recipe.parent / "runs" / name
     with served(recipe, *settings) as (server,):
         sender = Path(__file__).with_name("dying_sender.py")
@@ -175,9 +193,7 @@ def test_a_trainer_that_is_killed_in_the_middle_of_a_push_goes_on_with_the_same_
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
     kept = [record["step"] for record in records if "gen_kl_error" in record]
     assert 4 in kept and all(record["gen_kl_error"] < 1e-9 for record in records if record["step"] in kept)
-    trained = [json.loads(line) for line in (folder / "rewards.jsonl").read_text().splitlines()]
-    last = {(row["step"], row["id"]) for row in trained}
-    assert last == {(step, f"train.jsonl:{8 * (step - 1) + k + 1}") for step in range(1, 7) for k in range(8)}
+    check_trained(folder, 6)
 
 
 def _ranks(command: list[str]) -> tuple[list[int], str]:
