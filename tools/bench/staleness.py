@@ -2,10 +2,10 @@
 
     python tools/bench/staleness.py [--steps 40] [--ranks 2] [--staleness 0 1 2 4] [--engines 0 1 2]
 
-Every run has the same model, task, seed, prompts and number of samples. ``--engines 0`` is the colocated run. The task: a
-small random model is to write a "#", which half of its responses contain at the start. Tokens a second are those of responses trained on
-over the time of steps 3 to the last, so that no start-up counts. On a machine where trainer and servers share the cores
-this shows what overlaps, and not what more machines would give.
+Every run has the same model, task, seed, prompts and number of samples. ``--engines 0`` is the colocated run. The task:
+a small random model is to write a "#", which half of its responses contain at the start. Tokens a second are those of
+responses trained on over the time of steps 3 to the last, so that no start-up counts. On a machine where trainer and
+servers share the cores this shows what overlaps, and not what more machines would give.
 """
 
 from __future__ import annotations
