@@ -71,14 +71,14 @@ def engines_of(
 
 
 class Killing:
-    """A stream in whose middle a process is killed, once."""
+    """A stream in the middle of whose first stage, which rank 0 sends, a process is killed, once."""
 
     def __init__(self, stream: WeightStream, victim: int) -> None:
         self.stream, self.victim, self.mesh = stream, victim, stream.mesh
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
         for k, pair in enumerate(self.stream):
-            if k == len(self.stream.items) // 2 and self.victim and self.mesh.rank == 0:
+            if k == len(self.stream.items) // 4 and self.victim and self.mesh.rank == 0:
                 os.killpg(self.victim, signal.SIGKILL)
                 self.victim = 0
             yield pair
