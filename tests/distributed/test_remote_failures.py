@@ -174,8 +174,8 @@ def test_a_slow_server_holds_up_its_own_requests_alone(ranks, recipe) -> None:
 @pytest.mark.timeout(900)
 def test_a_trainer_that_is_killed_in_the_middle_of_a_push_goes_on_with_the_same_servers(recipe) -> None:
     """The server has half of version 3 then, stays alive, and is paused; the run that is started again gives it the
-    weights of its checkpoint, whole: verified bit by bit at both ends, and by the log-probs of every step. Step 3, whose
-    checkpoint gets its name after the push, is trained again."""
+    weights of its checkpoint, whole: verified bit by bit at both ends, and by the log-probs of every step. Step 3 is
+    trained again: its checkpoint would have had its name after the push."""
     name = "dying"
     settings = [f"run.name={name}", "cluster.gpus_per_node=2", *REMOTE, *SAMPLED, "rollout.max_staleness=1"]
     settings += ["checkpoint.save_period=1", "checkpoint.async_save=false", "checkpoint.save_at_end=false"]
