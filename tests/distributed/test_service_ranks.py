@@ -102,13 +102,15 @@ def test_a_judge_is_asked_and_grpo_learns_from_its_verdicts(ranks, tiny_chat_mod
         verdicts = judge_reward(COMPLETIONS, url=url, model="judge", **options, **columns)
         again = judge_reward(COMPLETIONS, url=url, model="judge", **options, **columns)
         settings = [f"model.path={tiny_chat_model}", f"data.path={data}", f"run.root={tmp_path}", "run.max_num_steps=2"]
+        settings += ["run.max_num_epochs=2"]  # of one step each
         settings += ["checkpoint.save_at_end=false", "rollout.kv_cache_gb=0.02"]
         settings += [f"reward.functions={_functions(url, options)}"]
         assert ranks.run(train_cases.train, 1, recipe=str(RECIPE), overrides=settings) == ["done"]
     assert verdicts == again and set(verdicts) <= {0.0, 0.5, 1.0}  # greedy, so that it says the same twice
     records = read_metrics(tmp_path / "cpu_judge")
-    assert all(record["reward/errors"] == 0 and 0 <= record["reward/judge"] <= 1 for record in records[1:])
-    assert max(record["actor/grad_norm"] for record in records[1:]) > 0
+    assert [record["step"] for record in records] == [1, 2]
+    assert all(record["reward/errors"] == 0 and 0 <= record["reward/judge"] <= 1 for record in records)
+    assert min(record["actor/grad_norm"] for record in records) > 0
 
 
 def _functions(url: str, options: dict) -> str:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megarl.observe.metrics import read_metrics
-from tests.distributed import talk_cases, tiny_models, train_cases
+from tests.distributed import resume_cases, talk_cases, tiny_models
 
 RECIPE = Path(__file__).parents[2] / "examples" / "agentic" / "cpu_calculator.yaml"
 ONE_RANK = [
@@ -134,8 +134,7 @@ def train(ranks, world, model, sums, name, *more):
     root = sums.parent / "runs"
     settings = [f"model.path={model}", f"data.path={sums}", f"run.root={root}", f"run.name={name}", *more]
     settings += ["checkpoint.save_at_end=false", "rollout.kv_cache_gb=0.02", "reward.workers=1"]
-    outcomes = ranks.run(train_cases.train, world, recipe=str(RECIPE), overrides=settings)
-    assert outcomes == ["done"] * world
+    assert ranks.run(resume_cases.train, world, recipe=str(RECIPE), overrides=settings) == [None] * world
     return read_metrics(root / name)
 
 
