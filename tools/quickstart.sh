@@ -3,4 +3,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash tools/setup.sh
+unset PYTHONDONTWRITEBYTECODE # every rank imports the same, and half the time would be compiling
 exec .venv/bin/python examples/quickstart/run.py "$@"

@@ -115,7 +115,7 @@ def prepare(cfg: Config, run: Run, mesh: Mesh, *, reference: bool) -> Parts:
         held_out = load_prompts(cfg.data, tokenizer, validation=True) if cfg.data.val_path else []
         stream = PromptStream(prompts, cfg.run.seed, cfg.data.shuffle)
         steps, updates = number_of_steps(cfg, len(prompts))
-        sampler = sampler_of(cfg, mesh, tokenizer, run, stream)
+        sampler = sampler_of(cfg, mesh, tokenizer, run, stream, steps)
         policy = Engine(
             cfg,
             mesh,
@@ -142,11 +142,11 @@ def prepare(cfg: Config, run: Run, mesh: Mesh, *, reference: bool) -> Parts:
 
 
 def sampler_of(
-    cfg: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerBase, run: Run, prompts: PromptStream[Prompt]
+    cfg: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerBase, run: Run, prompts: PromptStream[Prompt], steps: int
 ) -> Sampler | RemoteSampler:
     """Engines in these processes, or servers elsewhere."""
     if cfg.rollout.mode == "remote":
-        return RemoteSampler(cfg, mesh, tokenizer, run.phases, prompts)
+        return RemoteSampler(cfg, mesh, tokenizer, run.phases, prompts, steps=steps)
     return Sampler(cfg, mesh, tokenizer, run.phases, prompts.items)
 
 

@@ -128,11 +128,22 @@ class RemoteSampler:
     """Every method is a collective over all ranks."""
 
     def __init__(
-        self, cfg: Config, mesh: Mesh, tokenizer: PreTrainedTokenizerBase, phases: Phases, prompts: PromptStream[Prompt]
+        self,
+        cfg: Config,
+        mesh: Mesh,
+        tokenizer: PreTrainedTokenizerBase,
+        phases: Phases,
+        prompts: PromptStream[Prompt],
+        *,
+        steps: int,
     ) -> None:
-        """``prompts``: the run's. Groups are drawn ahead from a copy of it; it moves on when steps are taken."""
+        """
+        Args:
+            prompts: the run's. Groups are drawn ahead from a copy of it; it moves on when steps are taken.
+            steps: of the run, beyond which no group is sampled.
+        """
         self.cfg, self.mesh, self.phases = cfg, mesh, phases
-        self._prompts = prompts
+        self._prompts, self._steps = prompts, steps
         self._flops = ModelFlops.of(read_spec(cfg.model.path))
         leads = mesh.tp_rank == mesh.cp_rank == mesh.pp_rank == 0
         self._driver = Driver(cfg, mesh, tokenizer) if leads else None
@@ -197,7 +208,7 @@ class RemoteSampler:
         ahead = PromptStream(self._prompts.items, self._prompts.seed, self._prompts.shuffle)
         ahead.load_state_dict(self._prompts.state_dict())
         self._driver.first_step = version + 1
-        self._driver.stream.begin(ahead.next)
+        self._driver.stream.begin(ahead.next, self._steps - version)
 
     # ---- rollouts ----------------------------------------------------------------------------------------------------
 

@@ -77,15 +77,16 @@ class Stream(Generic[T]):
         self._prompts: dict[int, Prompt] = {}
         self._draw: Draw | None = None
         self._next = self._limit = self._taken = 0  # the next to be drawn, the first that may not be, the next to give
+        self._steps = 0  # to come
 
-    def begin(self, draw: Draw) -> None:
+    def begin(self, draw: Draw, steps: int) -> None:
         """Forget whatever is in work, and start with group 0: the first that ``draw`` gives now. The engines have the
-        weights that step 0 trains."""
-        self._loop.run(self._begin(draw)).result()
+        weights that step 0 trains. ``steps`` are to come: no group is begun for one beyond them."""
+        self._loop.run(self._begin(draw, steps)).result()
 
     def advance(self) -> None:
         """The engines have the weights of one more update."""
-        self._loop.call(self._open)
+        self._loop.call(self._advance)
 
     def want(self, count: int) -> Future[dict[int, T]]:
         """The next ``count`` groups of all replicas, by their place among these: the part that was made here. Each
@@ -99,9 +100,13 @@ class Stream(Generic[T]):
 
     # ---- in the loop -------------------------------------------------------------------------------------------------
 
-    async def _begin(self, draw: Draw) -> None:
+    async def _begin(self, draw: Draw, steps: int) -> None:
         await self._discard()
-        self._draw, self._next, self._limit, self._taken = draw, 0, 0, 0
+        self._draw, self._next, self._limit, self._taken, self._steps = draw, 0, 0, 0, steps
+        self._open()
+
+    def _advance(self) -> None:
+        self._steps -= 1
         self._open()
 
     async def _discard(self) -> None:
@@ -113,8 +118,9 @@ class Stream(Generic[T]):
 
     def _open(self) -> None:
         """What was given is what the updates so far were made of, so that this is (max_staleness + version + 1) B; with
-        dynamic sampling, where steps take more, it is more than that by as much."""
-        self._start(self._taken + (self._max_staleness + 1) * self._batch)
+        dynamic sampling, where steps take more, it is more than that by as much. The last steps need none after
+        themselves."""
+        self._start(self._taken + min(self._max_staleness + 1, self._steps) * self._batch)
 
     def _start(self, limit: int) -> None:
         assert self._draw is not None, "begin() comes first"

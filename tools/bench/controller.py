@@ -94,7 +94,7 @@ def drive(url: str, rollouts: int, concurrent: int, tokens: int) -> tuple[float,
     waiting = iter(prompts)
     stream = Stream(loop, group, batch=len(prompts), max_staleness=0)
     began, cpu = time.perf_counter(), time.process_time()
-    stream.begin(lambda count: [next(waiting) for _ in range(count)])
+    stream.begin(lambda count: [next(waiting) for _ in range(count)], steps=1)
     made = stream.want(len(prompts)).result()
     spent = time.perf_counter() - began, time.process_time() - cpu
     assert sum(len(samples) for samples in made.values()) == rollouts
