@@ -26,8 +26,20 @@ OVERRIDE_HELP = "settings over the recipe's, such as rollout.temperature=0.8"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    args = _parser().parse_args(argv)
+    args = _parsed(argv)
     return int(args.command(args))
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Settings may stand behind options too, where argparse by itself does not take them."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    strange = [word for word in rest if "overrides" not in args or word.startswith("-") or "=" not in word]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if rest:
+        args.overrides += rest
+    return args
 
 
 def _parser() -> argparse.ArgumentParser:

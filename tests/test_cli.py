@@ -52,6 +52,16 @@ def test_usage_errors_exit_2() -> None:
         assert stopped.value.code == 2
 
 
+def test_settings_may_stand_behind_options(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", recipe, "--elsewhere", "rollout.temperature=0.75"]) == 0
+    assert "temperature: 0.75" in capsys.readouterr().out
+    for strange in ("rollout", "--speed=3"):
+        with pytest.raises(SystemExit) as stopped:
+            main(["config", recipe, "--elsewhere", "rollout.temperature=0.75", strange])
+        assert stopped.value.code == 2
+        assert f"unrecognized arguments: {strange}" in capsys.readouterr().err
+
+
 def test_commands_import_their_work_lazily() -> None:
     """`megarl --version`, and checking a config, must not wait for torch."""
     code = "import sys, megarl.cli, megarl.config; print(sorted({'torch', 'vllm', 'megatron'} & set(sys.modules)))"

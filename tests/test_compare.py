@@ -5,6 +5,8 @@ import shutil
 import subprocess
 import sys
 
+import pytest
+
 from megarl.cli import main
 
 COMPARE = "import sys; from megarl.model.compare import compare_logits; print(compare_logits(*sys.argv[1:]).equal)"
@@ -21,6 +23,7 @@ def test_same_model_same_logits(tiny_hf):
     assert compared(path, path).endswith("True\n")
 
 
+@pytest.mark.slow
 def test_perfect_weights_under_a_wrong_config_are_seen(tiny_hf, tmp_path):
     right = tiny_hf("qwen3", head_dim=32)
     wrong = tmp_path / "wrong"

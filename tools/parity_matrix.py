@@ -2,10 +2,10 @@
 
     python tools/parity_matrix.py [MODEL ...]    # dense, MoE, MLA, ...; without any, all of them
 
-Its ranks are CPU processes, up to 8, in fp32. Differences of losses and gradient norms are relative, those of
-log-probabilities (or values) as they are, those of gradients relative to the largest element of their tensor (where the
-experts of a layer are one tensor); each the worst over ranks, and of gradients over tensors. Exit code 1 where one is
-above 1e-5.
+Its ranks are CPU processes, up to 8, in fp32. Differences of losses are relative to the size of their terms, those of
+gradient norms relative, those of log-probabilities (or values) as they are, those of gradients relative to the largest
+element of their tensor (where the experts of a layer are one tensor); each the worst over ranks, and of gradients over
+tensors. Exit code 1 where one is above 1e-5.
 """
 
 from __future__ import annotations

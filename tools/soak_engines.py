@@ -28,6 +28,7 @@ import psutil
 from megarl.observe.metrics import read_metrics
 
 PROMPTS, SAMPLES, STALENESS = 8, 4, 2
+GONE_WITHIN_S = 60  # servers end what they have; one that is still importing ends when it has
 RECIPE = """
 cluster: {{device: cpu}}
 run: {{root: {root}, name: soak, max_num_steps: {steps}, max_num_epochs: 1000000}}
@@ -114,11 +115,18 @@ def check(root: Path, steps: int) -> list[str]:
     reward = sum(record["reward/mean"] for record in records[-10:]) / 10
     if reward < 0.95:
         wrong.append(f"the reward ends at {reward:.3f}")
-    left = [p.pid for p in psutil.process_iter(["cmdline"]) if str(root) in " ".join(p.info["cmdline"] or ())]
-    left = [pid for pid in left if pid != os.getpid()]
+    until = time.monotonic() + GONE_WITHIN_S
+    while (left := processes_of(root)) and time.monotonic() < until:
+        time.sleep(1)
     if left:
         wrong.append(f"processes are left: {left}")
     return wrong
+
+
+def processes_of(root: Path) -> list[str]:
+    """Those that were started with the run's folder among their arguments."""
+    commands = {p.pid: " ".join(p.info["cmdline"] or ()) for p in psutil.process_iter(["cmdline"])}
+    return [f"{pid}: {said}" for pid, said in commands.items() if str(root) in said and pid != os.getpid()]
 
 
 def main() -> int:
@@ -137,7 +145,6 @@ def main() -> int:
     if code:
         print(f"the run ended with {code}; its log is {root / 'log'}")
         return 1
-    time.sleep(5)  # for servers to go
     records = read_metrics(root / "soak")
     last = records[-1]
     tokens = sum(record["response_length/mean"] * PROMPTS * SAMPLES for record in records)

@@ -28,9 +28,10 @@ from torch.utils.checkpoint import checkpoint
 from megarl.model.router import Routing
 from megarl.parallel.context import ContextShare
 
-# Queries whose mask exists at once, where keys come from other ranks: [block, keys] of it.
-_QUERY_BLOCK = 1024
-_KEPT_MASK = 1 << 20  # elements of a mask that may wait for backward
+# Where keys come from other ranks, elements [queries, keys] of the mask that exists at once (torch makes floats of it),
+# and of a sequence's masks that may wait for backward.
+_MASK = 1 << 24
+_KEPT_MASKS = 1 << 21
 
 
 @dataclass
@@ -208,11 +209,12 @@ class PackedAttention(MegatronModule):
         for start, stop in pairwise(layout.cu_seqlens):
             chunk = (stop - start) // (2 * share.size)
             for number in (share.rank, 2 * share.size - 1 - share.rank):
-                for first in range(number * chunk, (number + 1) * chunk, _QUERY_BLOCK):
-                    last = min(first + _QUERY_BLOCK, (number + 1) * chunk)
+                queries = max(16, min(1024, _MASK // (stop - start)))
+                for first in range(number * chunk, (number + 1) * chunk, queries):
+                    last = min(first + queries, (number + 1) * chunk)
                     keys = slice(start, start + last)
                     block = (q[at : at + last - first], k[keys], v[keys], first)
-                    if (last - first) * last > _KEPT_MASK and torch.is_grad_enabled():
+                    if 2 * chunk * (stop - start) > _KEPT_MASKS and torch.is_grad_enabled():
                         # Computed again in backward: kept, the masks of all blocks would grow with the square of T.
                         out.append(checkpoint(self._attend_block, *block, use_reentrant=False))
                     else:
@@ -224,10 +226,11 @@ class PackedAttention(MegatronModule):
         """Queries ``[m, h, d]`` at positions ``first`` and on, over the keys up to the last of them: [m, h * v]."""
         low = 0 if self.window is None else max(0, first - self.window + 1)
         k, v = k[low:], v[low:]
-        distance = torch.arange(first, first + len(q), device=q.device)[:, None] - torch.arange(
-            low, low + len(k), device=q.device
-        )
-        seen = distance >= 0 if self.window is None else (distance >= 0) & (distance < self.window)
+        query = torch.arange(first, first + len(q), device=q.device)[:, None]
+        key = torch.arange(low, low + len(k), device=q.device)
+        seen = key <= query  # compared, not subtracted: 8 bytes an element would be more than all else
+        if self.window is not None:
+            seen &= key > query - self.window
         mask: Tensor = seen
         if self.softmax_offset is not None:
             mask = self._sinks_beside(seen, q)

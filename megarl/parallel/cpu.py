@@ -179,6 +179,8 @@ def _transformer_engine_patches() -> list[tuple[Any, str, Any]]:
 @contextlib.contextmanager
 def megatron_on_cpu() -> Iterator[None]:
     """Let megatron-core's CUDA calls mean the CPU inside the ``with``. Entering it twice is harmless."""
+    with torch.device("cpu"):
+        torch.empty(0)  # the first such context makes torch remember which functions they change: not ours below
     with _patched([*_torch_patches(), *_megatron_patches(), *_transformer_engine_patches()]):
         yield
 

@@ -18,6 +18,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -246,8 +247,8 @@ def serve(cfg: Config, *, host: str, first_gpu: int) -> int:
         print(f"megarl serve: {error}", file=sys.stderr, flush=True)
         return 1
     finally:
-        for server in servers:
-            server.stop()
+        with ThreadPoolExecutor(len(servers)) as threads:  # all have the same seconds to end in
+            list(threads.map(Server.stop, servers))
     return 0
 
 

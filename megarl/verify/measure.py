@@ -30,9 +30,11 @@ class Measured:
     grad_norm: float
     outputs: list[Tensor]  # [response] of every sample: log-probabilities, or values
     gradients: dict[str, Tensor]
+    terms: float = 0.0  # of the truth: the loss with every token's taken without its sign
 
     def save(self, path: Path) -> None:
-        tensors = {"loss": torch.tensor(self.loss).double(), "grad_norm": torch.tensor(self.grad_norm).double()}
+        scalars = {"loss": self.loss, "grad_norm": self.grad_norm, "terms": self.terms}
+        tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in scalars.items()}
         tensors |= {f"outputs.{i}": x.contiguous() for i, x in enumerate(self.outputs)}
         save_file(tensors | {f"gradients.{name}": x.contiguous() for name, x in self.gradients.items()}, path)
 
@@ -41,7 +43,8 @@ class Measured:
         tensors = load_file(path)
         outputs = [tensors[f"outputs.{i}"] for i in range(sum(name.startswith("outputs.") for name in tensors))]
         gradients = {name[len("gradients.") :]: x for name, x in tensors.items() if name.startswith("gradients.")}
-        return Measured(tensors["loss"].item(), tensors["grad_norm"].item(), outputs, gradients)
+        loss, grad_norm, terms = (tensors[name].item() for name in ("loss", "grad_norm", "terms"))
+        return Measured(loss, grad_norm, outputs, gradients, terms)
 
 
 def model_path(cfg: Config, case: Case) -> str:
@@ -97,8 +100,9 @@ class Difference:
 
 
 def compare(case: Case, truth: Measured, found: Measured, tolerance: float) -> list[Difference]:
-    """Loss and gradient norm relative to the truth's, log-probabilities as they are, gradients relative to the largest
-    element of their tensor, where the experts of a layer are one tensor; in the order of the model.
+    """The loss relative to the size of its terms, which may cancel; the gradient norm relative to the truth's;
+    log-probabilities as they are; gradients relative to the largest element of their tensor, where the experts of a
+    layer are one tensor; in the order of the model.
 
     By itself an expert that three tokens were sent to, whose terms cancel, would be held to less than fp32's rounding
     of these terms.
@@ -106,9 +110,11 @@ def compare(case: Case, truth: Measured, found: Measured, tolerance: float) -> l
     said = "values" if case.scalar_head else "log-probs"
     outputs = zip(found.outputs, truth.outputs, strict=True)
     out = [
-        Difference(f"{case.name}: loss", _relative(found.loss, truth.loss), tolerance),
+        Difference(f"{case.name}: loss", _relative(found.loss, truth.loss, truth.terms), tolerance),
         Difference(f"{case.name}: {said}", max(float((a - b).abs().max()) for a, b in outputs), tolerance),
-        Difference(f"{case.name}: gradient norm", _relative(found.grad_norm, truth.grad_norm), tolerance),
+        Difference(
+            f"{case.name}: gradient norm", _relative(found.grad_norm, truth.grad_norm, truth.grad_norm), tolerance
+        ),
     ]
     largest: dict[str, float] = {}
     for name, gradient in truth.gradients.items():
@@ -129,8 +135,8 @@ def _together(name: str) -> str:
     return re.sub(r"\bexperts\.\d+\.", "experts.", name)
 
 
-def _relative(x: float, truth: float) -> float:
-    return abs(x - truth) / max(abs(truth), 1e-12)
+def _relative(x: float, truth: float, size: float) -> float:
+    return abs(x - truth) / max(size, 1e-12)
 
 
 def worst_over_ranks(mine: list[Difference], mesh: Mesh) -> list[Difference]:

@@ -208,7 +208,10 @@ def small_config(hf: Mapping[str, Any], layout: SmallLayout) -> dict[str, Any]:
     if hf.get("mlp_only_layers"):
         small["mlp_only_layers"] = [1]
     if hf.get("layer_types"):
-        small["layer_types"] = hf["layer_types"][:layers]
+        kinds = hf["layer_types"]
+        small["layer_types"] = [
+            kinds[i % len(kinds)] for i in range(layers)
+        ]  # a model may have fewer than the small one
     for name in ("rope_scaling", "rope_parameters"):
         if isinstance(hf.get(name), Mapping) and "original_max_position_embeddings" in hf[name]:
             small[name] = {**hf[name], "original_max_position_embeddings": 64}

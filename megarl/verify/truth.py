@@ -41,12 +41,14 @@ def compute(cfg: Config, mesh: Mesh, case: Case) -> Measured:
             sizes = [len(x) for x, _ in found]
             losses += per_token.split(sizes)
             masks += batch.loss_mask.split(sizes)
-        loss = aggregate(losses, masks, case.loss_agg_mode, cfg.rollout.max_response_length)
+        mode, longest = case.loss_agg_mode, cfg.rollout.max_response_length
+        loss = aggregate(losses, masks, mode, longest)
+        terms = aggregate([each.detach().abs() for each in losses], masks, mode, longest)
         loss.backward()
         stream = WeightStream(model, spec, mesh, 64 << 20, value=_gradient)
         gradients = {name: tensor.cpu().clone() for name, tensor in stream}
     norm = torch.stack([gradient.double().square().sum() for gradient in gradients.values()]).sum().sqrt()
-    return Measured(loss.item(), norm.item(), outputs, gradients)
+    return Measured(loss.item(), norm.item(), outputs, gradients, terms.item())
 
 
 def aggregate(losses: list[Tensor], masks: list[Tensor], mode: str, longest: int) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from megarl.model.family import read_spec
 from megarl.weights.shard import local_shape
 from tests.distributed import model_cases, moe_cases
+from tests.marks import by_default
 
 TOLERANCE = 5e-6  # of logits, whose standard deviation is about 0.6
 FAMILIES = {
@@ -93,7 +94,7 @@ def hf_logits(path, tokens):
         return model(torch.tensor([tokens])).logits[0].numpy()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", by_default("llama", "qwen3", of=FAMILIES))
 def test_logits_equal_transformers(ranks, tiny_hf, recipe, family):
     path = str(tiny_hf(family, **FAMILIES[family]))
     tokens = random_samples([40])[0]["tokens"]
@@ -170,7 +171,7 @@ def test_nothing_is_left_at_random_initialisation(ranks, tiny_hf, recipe):
     ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", by_default("llama", "qwen2", of=FAMILIES))
 def test_weights_come_back_bit_for_bit(ranks, tiny_hf, recipe, tmp_path, family):
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
@@ -223,9 +224,9 @@ SOME = ("DP2", "DP2 PP2", "DP2 TP2 SP")
     "mode, layouts",
     [
         ("token-mean", LAYOUTS),
-        ("seq-mean-token-mean", SOME),
-        ("seq-mean-token-sum", SOME),
-        ("seq-mean-token-sum-norm", SOME),
+        pytest.param("seq-mean-token-mean", SOME, marks=pytest.mark.slow),
+        pytest.param("seq-mean-token-sum", SOME, marks=pytest.mark.slow),
+        pytest.param("seq-mean-token-sum-norm", SOME, marks=pytest.mark.slow),
     ],
 )
 def test_gradients_do_not_depend_on_the_layout(ranks, tiny_hf, recipe, mode, layouts):

@@ -12,6 +12,7 @@ from megarl.weights.shard import columns_of, local_shape, rows_of
 from tests.distributed import model_cases, moe_cases
 from tests.distributed.test_model_ranks import TOLERANCE, check_export, hf_logits, random_samples
 from tests.distributed.test_model_ranks import recipe as recipe
+from tests.marks import by_default
 
 YARN = {"rope_theta": 1e4, "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 32}
 FAMILIES = {
@@ -112,7 +113,7 @@ def held_by_rank(tensor, place):
     return (place["tp"], place["tp_rank"]) if tensor.expert is None else (place["etp"], place["etp_rank"])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", by_default("qwen3_moe", "deepseek_v3", of=FAMILIES))
 def test_rules_are_the_models_parameters(ranks, tiny_hf, recipe, family):
     """Names and shapes, of every parameter and persistent buffer that megatron built."""
     path = tiny_hf(family, **FAMILIES[family])
@@ -148,7 +149,7 @@ def test_rules_are_the_parameters_of_multi_token_prediction(ranks, tiny_hf, reci
 
 @pytest.mark.parametrize(
     "family",
-    [family if family == "qwen3_moe" else pytest.param(family, marks=pytest.mark.slow) for family in FAMILIES],
+    by_default("qwen3_moe", of=FAMILIES),
 )
 def test_exports_of_several_writers_hold_the_model_bit_for_bit(ranks, tiny_hf, recipe, tmp_path, family):
     path = tiny_hf(family)

@@ -11,6 +11,7 @@ import pytest
 from megarl.losses.preference import PAIR_LOSSES, REFERENCE_FREE
 from megarl.observe.metrics import read_metrics
 from tests.distributed import train_cases
+from tests.marks import by_default
 
 LAYOUTS = {
     "1 rank": (1, []),
@@ -113,12 +114,12 @@ def check(ranks, recipes, loss, layouts, record_property):
     return truth
 
 
-@pytest.mark.parametrize("loss", ["dpo", "kto"])
+@pytest.mark.parametrize("loss", by_default("dpo", of=["dpo", "kto"]))
 def test_same_curve_on_every_layout(ranks, recipes, loss, record_property):
     check(ranks, recipes, loss, ["TP2", "DP2", "PP2"], record_property)
 
 
-@pytest.mark.parametrize("loss", sorted({*PAIRED, "orpo"} - {"dpo"}))
+@pytest.mark.parametrize("loss", by_default("bco_pair", "orpo", "rpo_fwd_kl", of=sorted({*PAIRED, "orpo"} - {"dpo"})))
 def test_every_loss_on_two_replicas(ranks, recipes, loss, record_property):
     check(ranks, recipes, loss, ["DP2"], record_property)
 

@@ -9,6 +9,7 @@ import pytest
 
 from megarl.observe.metrics import read_metrics
 from tests.distributed import train_cases
+from tests.marks import by_default
 
 # One vLLM engine over all ranks, so that every layout samples the same with the same weights.
 LAYOUTS = {
@@ -197,6 +198,7 @@ def test_every_method_on_every_layout(ranks, recipe, alone, also, name, layout, 
     check(ranks, recipe, alone, name, [layout], record_property, also.get(name, []))
 
 
+@pytest.mark.slow
 def test_ppo_with_a_larger_critic_on_two_replicas(ranks, recipe, alone, also, record_property):
     """The critic alone learns at first; its squared error falls. All of the vocabulary is on vLLM's first rank."""
     more = [*also["ppo"], "weight_sync.verify=true"]
@@ -205,7 +207,7 @@ def test_ppo_with_a_larger_critic_on_two_replicas(ranks, recipe, alone, also, re
     assert steps[1]["critic/vf_loss"] < steps[0]["critic/vf_loss"]
 
 
-@pytest.mark.parametrize("name", ["prime", "online-dpo"])
+@pytest.mark.parametrize("name", by_default("prime", of=["prime", "online-dpo"]))
 def test_two_steps_on_two_replicas(ranks, recipe, alone, also, name, record_property):
     check(ranks, recipe, alone, name, ["DP2"], record_property, also.get(name, []), steps=2)
 
@@ -298,7 +300,9 @@ def _model(recipe):
     return Path(load([str(recipe)]).model.path)
 
 
-@pytest.mark.parametrize("name, calls", [("remax", [(1, 0.0), (4, 1.0)]), ("online-dpo", [(4, 1.0)])])
+@pytest.mark.parametrize(
+    "name, calls", [pytest.param("remax", [(1, 0.0), (4, 1.0)], marks=pytest.mark.slow), ("online-dpo", [(4, 1.0)])]
+)
 def test_further_rollouts_are_the_same_engines(ranks, recipe, name, calls):
     """Two steps, each with greedy responses and others in turn, or with the samples that pairs are made of."""
     overrides = [*METHODS[name], "run.max_num_steps=2", f"run.name={name}-calls"]

@@ -10,6 +10,7 @@ from megarl.verify.cases import cases_of
 from megarl.verify.command import write_recipes
 from megarl.verify.shrink import small_config, small_layout, write_models
 from tests.distributed import verify_cases
+from tests.marks import by_default
 from tests.public_models import DEEPSEEK_V3, LLAMA_70B, QWEN3_30B_A3B
 
 RECIPE = """
@@ -108,7 +109,7 @@ def test_every_algorithm_has_its_losses():
     assert {name.partition(":")[0] for name in LOSSES} == ALGORITHMS.keys()
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", by_default("ppo", "preference", "unpaired", of=LOSSES))
 def test_every_loss_agrees(ranks, tmp_path, name):
     """Over context parallelism, which only a loss of whole sequences survives, and several microbatches."""
     overrides = [f"algorithm={name.partition(':')[0]}", *LOSSES[name], "parallel.context_parallel_size=2"]

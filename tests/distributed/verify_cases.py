@@ -51,17 +51,17 @@ def rank_that_is_killed(rank: int, *args: object) -> None:
 
 @contextlib.contextmanager
 def loss_scaled_by_cp() -> Iterator[None]:
-    """Every context-parallel rank reports the step's count: megatron adds them up."""
+    """Every context-parallel rank counts the pack that they share: megatron adds the counts up, and divides by them."""
     right = Engine._loss_step
 
     def wrong(self: Engine, *args: object) -> object:
         out, reduce = right(self, *args)
 
-        def scaled(*values: torch.Tensor) -> object:
-            total, _, sums = reduce(*values)
-            return total, sums["count"], sums
+        def all_count(*values: torch.Tensor) -> object:
+            with mock.patch.object(Engine, "_counts", lambda self, batch: True):
+                return reduce(*values)
 
-        return out, scaled
+        return out, all_count
 
     with mock.patch.object(Engine, "_loss_step", wrong):
         yield
