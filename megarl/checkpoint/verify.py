@@ -119,7 +119,7 @@ def small_recipe(cfg: Config, layout: SmallLayout, root: Path, steps: int) -> Co
         critic=dataclasses.replace(cfg.critic, path=None),
         prime=dataclasses.replace(cfg.prime, path=None),
         teacher=dataclasses.replace(cfg.teacher, path=str(root / "teacher") if cfg.teacher.path else None),
-        validation=dataclasses.replace(cfg.validation, max_val_samples=2 * PROMPTS),
+        validation=dataclasses.replace(cfg.validation, max_val_samples=2 * PROMPTS if cfg.data.val_path else None),
         # Random models may sample and compute further apart than the user's; that is `megarl verify`'s matter.
         weight_sync=dataclasses.replace(cfg.weight_sync, max_gen_kl_error=None, max_token_mult_prob_error=None),
         checkpoint=dataclasses.replace(

@@ -46,6 +46,7 @@ class _TokenLogProbs(torch.autograd.Function):
         for rows in _chunks(n, chunk):
             logits = _logits(hidden[rows], weight, shard, temperature)
             log_z[rows], logps[rows], entropy[rows] = _statistics(logits, targets[rows], shard)
+            del logits  # before the next chunk's exist
         ctx.save_for_backward(hidden, weight, targets, log_z, entropy)
         ctx.shard, ctx.temperature, ctx.chunk = shard, temperature, chunk
         ctx.set_materialize_grads(False)
@@ -71,6 +72,7 @@ class _TokenLogProbs(torch.autograd.Function):
             grad = grad.div_(ctx.temperature).to(hidden.dtype)
             grad_hidden[rows] = grad @ weight[:size]
             _add_product(grad_weight[:size], grad.t(), hidden[rows])
+            del log_p, grad  # before the next chunk's exist
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 

@@ -1,6 +1,7 @@
 """Memory and time of the head that never holds [tokens, vocabulary], against plain log_softmax and TRL's heads.
 
-    python tools/bench/head.py [--tokens 4096 16384] [--vocabulary 131072] [--hidden 256] [--repeats 3] [--trl PYTHON]
+    python tools/bench/head.py [--tokens 4096 16384] [--vocabulary 131072] [--hidden 256] [--repeats 3] [--chunk 256]
+        [--trl PYTHON]
 
 Every head computes log-probabilities and entropies of random targets, and gradients of both, in fp32 on one thread.
 Each runs in processes of its own, which take turns; the best time and the largest memory count. Extra memory is the
@@ -8,7 +9,7 @@ rise of the process's peak (VmHWM) over what it held before: the gradient of the
 return, included and also shown.
 
 - naive: logits of all tokens, log_softmax, gather.
-- megarl: `megarl.model.heads.token_logprobs` in chunks of ``model.logprob_chunk_size``'s default.
+- megarl: `megarl.model.heads.token_logprobs` in chunks of ``model.logprob_chunk_size``, by default its default.
 - trl-selective, trl-chunked: `trl.trainer.utils.selective_log_softmax` with `entropy_from_logits`, and
   `trl.kernels.chunked_logprob`, of the Python given with --trl, an environment that has them.
 
@@ -36,7 +37,7 @@ def memory(field: str, path: str = "/proc/self/status") -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field + ":"))
 
 
-def head_of(name: str) -> Callable:
+def head_of(name: str, chunk: int | None) -> Callable:
     import torch
 
     if name == "naive":
@@ -50,7 +51,7 @@ def head_of(name: str) -> Callable:
         from megarl.config import ModelConfig
         from megarl.model.heads import VocabShard, token_logprobs
 
-        chunk = ModelConfig().logprob_chunk_size
+        chunk = chunk or ModelConfig().logprob_chunk_size
         return lambda hidden, weight, targets: token_logprobs(
             hidden, weight, targets, VocabShard(0, len(weight), None), 1.0, chunk
         )
@@ -69,13 +70,13 @@ def head_of(name: str) -> Callable:
     )[:2]
 
 
-def measure(name: str, tokens: int, vocabulary: int, hidden_size: int) -> dict[str, float]:
+def measure(name: str, tokens: int, vocabulary: int, hidden_size: int, chunk: int | None) -> dict[str, float]:
     """Seconds, and bytes of extra memory, of one forward and backward."""
     import torch
 
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    head = head_of(name)
+    head = head_of(name, chunk)
     hidden = torch.randn(tokens, hidden_size, requires_grad=True)
     weight = (torch.randn(vocabulary, hidden_size) * 0.02).requires_grad_()
     targets = torch.randint(0, vocabulary, (tokens,))
@@ -97,11 +98,13 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=131072)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--chunk", type=int, help="model.logprob_chunk_size")
     parser.add_argument("--trl", help="Python of an environment with TRL")
     parser.add_argument("--one", choices=HEADS, help=argparse.SUPPRESS)  # what the processes run
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(measure(arguments.one, arguments.tokens[0], arguments.vocabulary, arguments.hidden)))
+        sizes = arguments.tokens[0], arguments.vocabulary, arguments.hidden
+        print(json.dumps(measure(arguments.one, *sizes, arguments.chunk)))
         return
     for tokens in arguments.tokens:
         compare(tokens, arguments)
@@ -119,6 +122,7 @@ def compare(tokens: int, arguments: argparse.Namespace) -> None:
             python = arguments.trl if head.startswith("trl") else sys.executable
             command = [python, __file__, "--one", head, "--tokens", str(tokens), "--hidden", str(arguments.hidden)]
             command += ["--vocabulary", str(arguments.vocabulary)]
+            command += ["--chunk", str(arguments.chunk)] if arguments.chunk else []
             out = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
             if out.returncode:
                 sys.exit(f"{head} failed:\n{out.stderr}")
