@@ -137,15 +137,16 @@ class Watch:
         return {"steps": last - first, "MB in 100 steps": round(100 * slope, 3)} | counts
 
 
-def one_start(root: Path, fault: str | None, steps: int, chance: random.Random) -> dict[str, Any]:
-    """Run until the fault, or to the end."""
+def one_start(root: Path, fault: str | None, steps: int, chance: random.Random, last: bool) -> dict[str, Any]:
+    """Run until the fault, or to the end. What a run survives by itself is followed by a SIGTERM some steps later, but
+    for the last fault."""
     if fault == "flipped bit":
         flip_a_bit(root, chance)
     before = done(root)
     at = before + chance.randrange(3, max(steps // 20, 4))
     job, watch = start(root), Watch()
     ranks: list[psutil.Process] = []
-    heal_at = None
+    heal_at, survived = None, fault in (*PASSING, "flipped bit") and not last
     while job.poll() is None:
         step = done(root)
         ranks = watch.look(job, step) or ranks
@@ -166,6 +167,9 @@ def one_start(root: Path, fault: str | None, steps: int, chance: random.Random) 
             (root / "filler").unlink(missing_ok=True)
             limit(ranks, resource.RLIM_INFINITY)
             heal_at = None
+        if survived and heal_at is None and fault in (None, "flipped bit") and step >= at + steps // 40:
+            survived = False
+            job.terminate()
         time.sleep(0.2)
     (root / "filler").unlink(missing_ok=True)
     psutil.wait_procs(ranks, timeout=10)
@@ -227,7 +231,7 @@ def main() -> int:
         number = sum(happened.values())
         fault = None if number >= args.faults else faults[number] if number < len(faults) else chance.choice(faults)
         highest = done(root)
-        outcome = one_start(root, fault, args.steps, chance)
+        outcome = one_start(root, fault, args.steps, chance, last=number + 1 >= args.faults)
         happened[fault or "none"] += 1
         print(f"{fault or 'no fault'}: {json.dumps(outcome)}", flush=True)
         if (growth := outcome["growth"]) and growth["steps"] >= (longest or growth)["steps"]:
