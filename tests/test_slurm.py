@@ -111,9 +111,13 @@ def test_a_job_that_is_told_to_save_goes_on(cluster, tiny_chat_model, tmp_path):
 def test_a_time_limit_saves_and_the_job_goes_on(cluster, tiny_chat_model, tmp_path, by):
     """By the run's own clock, before Slurm's signal comes; or by that, which Slurm may send a minute too early, so that
     some starts have no step yet."""
-    job = Submitted(tiny_chat_model, tmp_path, 300)
-    limits = {"clock": ("3:00", "60", "00:00:00:45"), "signal": ("2:00", "45", "01:00:00:00")}[by]
-    job.submit("--time", limits[0], "--grace", limits[1], f"checkpoint.checkpoint_must_save_by={limits[2]}")
+    # Steps of a tenth of a second, where nothing else runs: more than fit before either.
+    steps, limit, grace, must_save_by = {
+        "clock": (700, "3:00", "60", "00:00:00:45"),
+        "signal": (1400, "2:00", "45", "01:00:00:00"),
+    }[by]
+    job = Submitted(tiny_chat_model, tmp_path, steps)
+    job.submit("--time", limit, "--grace", grace, f"checkpoint.checkpoint_must_save_by={must_save_by}")
     said = "are left until checkpoint.checkpoint_must_save_by" if by == "clock" else "(SIGUSR1)"
     job.wait(lambda: said in job.output, 2 * START_S)
     assert 0 < job.done < job.steps
