@@ -21,6 +21,7 @@ if [ -n "${MEGARL_TRAIN_NODES:-}" ]; then
 fi
 
 # ---- rendezvous: this node is the first, and a port that nobody uses here now ----
+[ -n "${MASTER_ADDR:-}" ] || export MEGARL_OWN_RENDEZVOUS=1 # not the site's: a job that follows this one makes its own
 export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
 # Nodes that share a host, as in a test cluster, have names that nothing resolves.
 getent hosts "$MASTER_ADDR" >/dev/null || MASTER_ADDR=$(hostname -I | cut -d' ' -f1)

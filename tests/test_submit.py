@@ -118,7 +118,7 @@ def fake_slurm(folder, srun):
     for name, body in {
         "srun": srun,
         "scontrol": 'if [ "$1" = show ]; then echo localhost; fi',
-        "sbatch": ":",
+        "sbatch": f'echo "${{MASTER_ADDR:-}} ${{MEGARL_RESUBMITS:-}}" >> {folder}/inherited',
         "sleep": ":",
     }.items():
         path = folder / name
@@ -220,6 +220,15 @@ def test_what_an_earlier_start_said_of_a_node_counts_no_more(tmp_path):
     assert first == ["sbatch --exclude=n2 job.sh"]
     said = f'echo "{GONE.format("n5")}" >&2; exit 1'
     assert run_batch_script(tmp_path, said, SLURM_RESTART_COUNT="1")[1] == ["sbatch --exclude=n5 job.sh"]
+
+
+@pytest.mark.parametrize("address", [None, "localhost"])
+def test_a_job_submitted_again_meets_at_a_node_of_its_own(tmp_path, monkeypatch, address):
+    """sbatch hands its environment on: the address that this job made is not the next one's, the site's own is."""
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    own = {} if address is None else {"MASTER_ADDR": address}
+    run_batch_script(tmp_path, f'echo "{GONE.format("n2")}" >&2; exit 1', **own)
+    assert (tmp_path / "inherited").read_text() == f"{address or ''} 1\n"
 
 
 def test_of_a_sweep_only_the_run_that_failed_is_submitted_again(tmp_path):

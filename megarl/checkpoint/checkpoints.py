@@ -147,6 +147,7 @@ class Checkpoints:
             began = time.monotonic()
             self.step += 1
             yield self.step
+            self._longest_step = max(self._longest_step, time.monotonic() - began)  # the clock is asked next
             call = self._look_around()
             if call == _ROLLBACK:
                 self._roll_back()

@@ -18,11 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megarl.config import ClusterConfig, Config, LoggerConfig, save
+from megarl.config import ClusterConfig, Config, ConfigError, FP8Config, LoggerConfig, ParallelConfig, load, save
 from megarl.config.algorithm import ON_POLICY
 from megarl.config.machine import count_gpus
 from megarl.observe.metrics import read_metrics
-from megarl.verify.shrink import SmallLayout, small_layout, write_small_model
+from megarl.verify.shrink import SmallLayout, small_layout, small_recomputation, write_small_model
 
 # Numbers of the clock, and of when a thread had written.
 UNLIKE = ("timing_s/", "perf/", "checkpoint/")
@@ -62,8 +62,16 @@ def verify(cfg: Config, steps: int, max_ranks: int = 8) -> int:
             kept = {key: hf[key] for key in _OF_THE_TOKENIZER if key in hf}
             write_small_model(hf, layout, root / name, cfg.run.seed + (name == "teacher"), kept)
             _copy_tokenizer(source, root / name)
-        save(small_recipe(cfg, layout, root, steps), root / "recipe.yaml")
+        small = small_recipe(cfg, layout, root, steps)
+        save(small, root / "recipe.yaml")
+        try:
+            load([str(root / "recipe.yaml")])
+        except ConfigError as error:
+            print(f"megarl verify-resume: made small, the recipe does not hold: {error}", file=sys.stderr)
+            return 2
         print(f"{hf['architectures'][0]}, made small, as {layout.describe()} on {layout.world_size} ranks", flush=True)
+        for line in left_out(cfg, small):
+            print(f"  left out: {line}", flush=True)
         for name, period in (("straight", steps + 1), ("resumed", half), ("resumed", half)):
             second = (root / name).exists()
             if second:
@@ -87,6 +95,11 @@ def small_recipe(cfg: Config, layout: SmallLayout, root: Path, steps: int) -> Co
     """The recipe with the small models in ``root``, for so many steps. What would keep the proof from proving anything
     is set: where checkpoints go, what they hold, which stay, and that the run goes on from them."""
     device = "cuda" if count_gpus(cfg.cluster.device) >= layout.world_size else "cpu"
+    fp8 = cfg.fp8_cfg if device == "cuda" else FP8Config()
+    ends = {name: min(vars(fp8)[name], 1) for name in ("num_layers_at_start_in_bf16", "num_layers_at_end_in_bf16")}
+    # Fewer context-parallel ranks have to hold the same sequences.
+    shared = -(-cfg.parallel.context_parallel_size // layout.parallel.context_parallel_size)
+    budgets = {name: shared * vars(cfg.train)[name] for name in ("train_mb_tokens", "logprob_mb_tokens")}
     r, prompts = cfg.rollout, min(cfg.rollout.num_prompts_per_step, PROMPTS)
     samples = min(r.num_generations_per_prompt, SAMPLES)
     units, small_units = r.num_prompts_per_step, prompts  # what updates are counted in: pairs, or samples
@@ -100,9 +113,12 @@ def small_recipe(cfg: Config, layout: SmallLayout, root: Path, steps: int) -> Co
         cfg,
         cluster=ClusterConfig(num_nodes=1, gpus_per_node=layout.world_size, device=device),
         run=dataclasses.replace(cfg.run, root=str(root), max_num_steps=steps, max_num_epochs=1_000_000),
-        model=dataclasses.replace(cfg.model, path=str(root / "model")),
+        model=small_recomputation(
+            dataclasses.replace(cfg.model, path=str(root / "model")), transformer_engine=device == "cuda"
+        ),
+        fp8_cfg=dataclasses.replace(fp8, **ends),
         parallel=layout.parallel,
-        train=dataclasses.replace(cfg.train, train_global_batch_size=batch),
+        train=dataclasses.replace(cfg.train, train_global_batch_size=batch, **budgets),
         rollout=dataclasses.replace(
             r,
             num_prompts_per_step=prompts,
@@ -114,9 +130,14 @@ def small_recipe(cfg: Config, layout: SmallLayout, root: Path, steps: int) -> Co
             max_num_batched_tokens=None,
             kv_cache_gb=min(r.kv_cache_gb, 0.1),
             quantization=None,
+            # Of a random model's responses no group may have different rewards.
+            dynamic_sampling=False,
+            dynamic_sampling_min_reward=None,
+            dynamic_sampling_max_reward=None,
+            dynamic_sampling_refill=False,
         ),
         reward=dataclasses.replace(cfg.reward, overlong_buffer_len=min(cfg.reward.overlong_buffer_len, TOKENS // 2)),
-        critic=dataclasses.replace(cfg.critic, path=None),
+        critic=dataclasses.replace(cfg.critic, path=None, own_layout=False, parallel=ParallelConfig()),
         prime=dataclasses.replace(cfg.prime, path=None),
         teacher=dataclasses.replace(cfg.teacher, path=str(root / "teacher") if cfg.teacher.path else None),
         validation=dataclasses.replace(cfg.validation, max_val_samples=2 * PROMPTS if cfg.data.val_path else None),
@@ -134,6 +155,18 @@ def small_recipe(cfg: Config, layout: SmallLayout, root: Path, steps: int) -> Co
         ),
         logger=LoggerConfig(),
     )
+
+
+def left_out(cfg: Config, small: Config) -> list[str]:
+    """What of the recipe the proof is not about."""
+    modules = [name for name in cfg.model.recompute_modules if name not in small.model.recompute_modules]
+    parts = {
+        "fp8_cfg, which needs GPUs": cfg.fp8_cfg.enabled and not small.fp8_cfg.enabled,
+        f"model.recompute_modules {', '.join(modules)}, which need Transformer Engine": bool(modules),
+        "rollout.dynamic_sampling: a random model's groups may all have one reward": cfg.rollout.dynamic_sampling,
+        "critic.own_layout: its critic lies as its policy does": cfg.critic.own_layout,
+    }
+    return [line for line, is_so in parts.items() if is_so]
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:

@@ -97,6 +97,7 @@ def check_model(cfg: "Config") -> Problems:
         text = f"{TP} = {tp} of a model with {what}: megatron-core trains it with parallel.sequence_parallel only"
         yield Problem(text, ("model.path", "parallel.sequence_parallel", TP))
     yield from _model_layers(cfg, spec)
+    yield from _recomputed_units(cfg, spec)
     yield from check_recompute(cfg, spec)
     yield from check_fp8_model(cfg, spec)
     if cfg.algorithm in ON_POLICY:
@@ -179,6 +180,22 @@ def _model_layers(cfg: "Config", spec: "ModelSpec") -> Problems:
         count = f"{PP} {stages}" + (f" - {len(apart)} = {between}" if apart else "")
         text = f"{words} cannot be divided over {count} stages: {middle} % {between} = {middle % between}"
         yield Problem(text, ("model.path", PP, FIRST, LAST))
+
+
+def _recomputed_units(cfg: "Config", spec: "ModelSpec") -> Problems:
+    """Units of layers that are computed again: megatron counts on, past a stage's last layer."""
+    unit = cfg.model.recompute_num_layers
+    if cfg.model.recompute_method != "uniform" or not unit:
+        return
+    p = cfg.parallel
+    apart = [layers for layers in (first_stage(cfg), last_stage(cfg)) if layers is not None]
+    between = p.pipeline_model_parallel_size - len(apart)
+    each = [(spec.num_layers - sum(apart)) // between] if between > 0 else []
+    chunks = p.virtual_pipeline_model_parallel_size or 1
+    for layers in sorted({layers // chunks for layers in (*apart, *each)}):
+        if rest := remainder(layers, unit):
+            text = f"a stage's {layers} layers cannot be divided into units of model.recompute_num_layers {unit}"
+            yield Problem(f"{text}: {layers} % {unit} = {rest}", ("model.path", PP, VPP, "model.recompute_num_layers"))
 
 
 def _model_positions(cfg: "Config", spec: "ModelSpec") -> Problems:

@@ -50,6 +50,12 @@ def verify(recipe: list[str], *, max_ranks: int, tolerance: float, vllm: bool) -
         folder = Path(name)
         write_models(hf, layout, folder, cfg.run.seed)
         write_recipes(cfg, max_ranks, folder, device)
+        try:
+            for which in (_ONE, _ALL):
+                load([str(folder / f"{which}.yaml")])
+        except ConfigError as error:
+            print(f"megarl verify: made small, the recipe does not hold: {error}", file=sys.stderr)
+            return 2
         where = f"{layout.world_size} ranks on {device}"
         console.print(f"{hf['architectures'][0]}, made small, as {layout.describe()} on {where}, {cfg.algorithm}:")
         references = run_ranks(1, folder, _ONE, tolerance, vllm=vllm)

@@ -18,6 +18,7 @@ from megarl.config import (
     ClusterConfig,
     Config,
     DataConfig,
+    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     PrimeConfig,
@@ -25,6 +26,7 @@ from megarl.config import (
     RunConfig,
     TrainConfig,
 )
+from megarl.config.memory import ENGINE_ONLY
 
 VOCABULARY = 320
 LONGEST_PROMPT, LONGEST_RESPONSE = 20, 40
@@ -38,7 +40,7 @@ _SIZES: dict[str, Any] = {
     "head_dim": 32,
     "moe_intermediate_size": 64,
     "kv_lora_rank": 512,  # with the 64 below: the only latent that vLLM's CPU attention has a kernel for
-    "q_lora_rank": 48,
+    "q_lora_rank": 64,
     "qk_nope_head_dim": 32,
     "qk_rope_head_dim": 64,
     "v_head_dim": 32,
@@ -144,8 +146,7 @@ def small_recipe(cfg: Config, layout: SmallLayout, folder: Path, device: str) ->
     tokens = 144 // layout.parallel.context_parallel_size
     # What balances experts depends on which samples share a microbatch: that is not the same in every layout.
     model = dataclasses.replace(cfg.model, path=str(folder / MODEL), dtype="fp32", moe_aux_loss_coeff=0.0)
-    if model.recompute_num_layers is not None:
-        model = dataclasses.replace(model, recompute_num_layers=1)
+    model = small_recomputation(model, transformer_engine=False)
     return Config(
         algorithm=cfg.algorithm,
         run=RunConfig(name="verify", root=str(folder / "runs"), seed=cfg.run.seed),
@@ -177,6 +178,19 @@ def small_recipe(cfg: Config, layout: SmallLayout, folder: Path, device: str) ->
         prime=PrimeConfig(beta=cfg.prime.beta),
         teacher=cfg.teacher,
         preference=cfg.preference,
+    )
+
+
+def small_recomputation(model: ModelConfig, *, transformer_engine: bool) -> ModelConfig:
+    """Activations computed again as in the recipe, but a layer at a time, of which there are few, and without what only
+    Transformer Engine's layers can, where there are none."""
+    modules = [name for name in model.recompute_modules if transformer_engine or name not in ENGINE_ONLY]
+    nothing = model.recompute_granularity == "selective" and not modules
+    return dataclasses.replace(
+        model,
+        recompute_granularity=None if nothing else model.recompute_granularity,
+        recompute_num_layers=None if model.recompute_num_layers is None else 1,
+        recompute_modules=modules,
     )
 
 

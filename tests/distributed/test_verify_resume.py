@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from megarl.checkpoint.verify import compare, small_recipe
+from megarl.checkpoint.verify import compare, left_out, small_recipe
 from megarl.config import load, save
-from megarl.verify.shrink import small_layout
+from megarl.verify.shrink import small_layout, write_small_model
+from tests.public_models import LLAMA_70B, QWEN3_30B_A3B
 
 ROOT = Path(__file__).parents[2]
 # Whole ones, of runs that sample by themselves.
@@ -31,6 +32,13 @@ reward: {{workers: 1, functions: [{{name: "{reward}"}}]}}
 checkpoint: {{keep_last: 1, resume_mode: disable, save_period: 1, checkpoint_must_save_by: "00:00:00:01"}}
 guard: {{on_bad_steps: rollback}}
 """
+# As a user of GPUs has it.
+LARGE = """
+algorithm: {algorithm}
+cluster: {{gpus_per_node: 8, num_nodes: 2}}
+model: {{path: {folder}/model}}
+data: {{path: {folder}/rows.jsonl}}
+"""
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
@@ -43,6 +51,66 @@ def test_every_recipe_becomes_one_that_is_small_and_saves(recipe, tmp_path, monk
     again = load([str(tmp_path / "small.yaml"), "cluster.device=cpu"], check_model=False)
     assert again.cluster.num_nodes == 1 and again.cluster.gpus_per_node <= 8
     assert again.checkpoint.resume_mode == "auto" and not again.logger.wandb_enabled
+
+
+@pytest.mark.parametrize(
+    "hf, algorithm, settings, left_out_of_it",
+    [
+        (LLAMA_70B, "grpo", ["fp8_cfg.enabled=true", "fp8_cfg.num_layers_at_start_in_bf16=3"], "fp8_cfg"),
+        (
+            QWEN3_30B_A3B,
+            "grpo",
+            ["model.recompute_granularity=selective", "model.recompute_modules=[moe_act]"],
+            "moe_act",
+        ),
+        (
+            LLAMA_70B,
+            "grpo",
+            [
+                "parallel.context_parallel_size=8",
+                "data.max_prompt_length=16384",
+                "train.train_mb_tokens=4096",
+                "train.logprob_mb_tokens=4096",
+            ],
+            None,
+        ),
+        (
+            LLAMA_70B,
+            "ppo",
+            ["critic.own_layout=true", "critic.parallel.tensor_model_parallel_size=8"],
+            "critic.own_layout",
+        ),
+        (
+            LLAMA_70B,
+            "sft",
+            [
+                "parallel.pipeline_model_parallel_size=2",
+                "model.recompute_granularity=full",
+                "model.recompute_method=uniform",
+                "model.recompute_num_layers=4",
+            ],
+            None,
+        ),
+        (LLAMA_70B, "grpo", ["rollout.dynamic_sampling=true"], "rollout.dynamic_sampling"),
+    ],
+    ids=["fp8", "moe_act", "context", "critic", "uniform", "dynamic_sampling"],
+)
+def test_what_only_large_models_have_is_made_small_or_left_out(
+    tmp_path, monkeypatch, hf, algorithm, settings, left_out_of_it
+):
+    """The small recipe is one that its ranks accept, with the small model at hand."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(LARGE.format(algorithm=algorithm, folder=tmp_path))
+    (tmp_path / "rows.jsonl").touch()
+    cfg = load([str(recipe), *settings], check_model=False)
+    layout = small_layout(cfg, 8)
+    write_small_model(hf, layout, tmp_path / "model", 0, {"max_position_embeddings": hf["max_position_embeddings"]})
+    small = small_recipe(cfg, layout, tmp_path, 4)
+    save(small, tmp_path / "small.yaml")
+    load([str(tmp_path / "small.yaml")])
+    said = left_out(cfg, small)
+    assert [line.split(":")[0] for line in said if left_out_of_it in line] if left_out_of_it else said == []
 
 
 def test_numbers_that_differ_are_named():
