@@ -76,6 +76,7 @@ def test_a_planted_bug_gives_1_and_the_first_parameter(verify, monkeypatch, bug)
     assert re.search(rf"DIFFERS: the first parameter of \d+ is {re.escape(first)}, by \d", said), said
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_ends_it_within_seconds(tmp_path, monkeypatch):
     monkeypatch.setattr(command, "_rank", verify_cases.rank_that_is_killed)
     start = time.monotonic()

@@ -44,7 +44,7 @@ def gone(pids):
     "fault, said",
     [
         ("killed", r"no longer running: rank 1 on \S+ \(phase 'train'\)"),
-        ("stopped", r"no longer running: rank 1 on \S+ \(phase 'train'\)"),
+        pytest.param("stopped", r"no longer running: rank 1 on \S+ \(phase 'train'\)", marks=pytest.mark.slow),
         ("raises", r"rank 1 on \S+ in phase 'train': ValueError: reward of prompt train.jsonl:17 is not a number"),
         ("hangs", r"rank 1 on \S+ in phase 'reward': over the deadline of 6 s"),
     ],

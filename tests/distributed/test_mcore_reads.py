@@ -72,6 +72,9 @@ def hf2mcore_as(model: Path, target: Path, stacked: bool) -> Path:
     return folder
 
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
 @pytest.fixture(scope="module")
 def scratch(tiny_hf: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Checkpoints of both models, stacked and layer by layer: ``ours-*`` read by megatron-core, ``core-*`` written."""
@@ -97,7 +100,6 @@ def scratch(tiny_hf: Callable[..., Path], tmp_path_factory: pytest.TempPathFacto
     return scratch
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["stacked", "layers"])
 @pytest.mark.parametrize("family", CHANGES)
 def test_megatron_reads_ours(scratch: Path, family: str, kind: str) -> None:
@@ -109,7 +111,6 @@ def test_megatron_reads_ours(scratch: Path, family: str, kind: str) -> None:
     assert f"all cases passed with megatron-core {CORE}" in said
 
 
-@pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind, number", [(kind, k) for kind, layouts in SAVED_AT.items() for k in range(len(layouts))])
 def test_we_read_megatrons(scratch: Path, tmp_path: Path, kind: str, number: int) -> None:
     """By the command: the model's weights, and the optimizer's fp32 ones, which bf16 could not hold."""

@@ -198,7 +198,7 @@ def test_a_rank_reads_its_own_bytes_only(ranks, tiny_hf, recipe):
         assert read == held
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("temperature", [pytest.param(1.0, marks=pytest.mark.slow), 0.7])
 def test_packed_logps_equal_one_by_one(ranks, tiny_hf, recipe, temperature):
     path = str(tiny_hf("qwen2", tie_word_embeddings=True))
     samples = random_samples([30, 5, 17, 2, 40, 23, 9])

@@ -9,7 +9,6 @@ import pytest
 
 from megarl.observe.metrics import read_metrics
 from tests.distributed import train_cases
-from tests.marks import by_default
 
 # One vLLM engine over all ranks, so that every layout samples the same with the same weights.
 LAYOUTS = {
@@ -207,7 +206,8 @@ def test_ppo_with_a_larger_critic_on_two_replicas(ranks, recipe, alone, also, re
     assert steps[1]["critic/vf_loss"] < steps[0]["critic/vf_loss"]
 
 
-@pytest.mark.parametrize("name", by_default("prime", of=["prime", "online-dpo"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["prime", "online-dpo"])
 def test_two_steps_on_two_replicas(ranks, recipe, alone, also, name, record_property):
     check(ranks, recipe, alone, name, ["DP2"], record_property, also.get(name, []), steps=2)
 
