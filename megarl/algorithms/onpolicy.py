@@ -58,7 +58,7 @@ class Parts:
             self.sync()
         if start == 0 and self.held_out and self.cfg.validation.val_at_start:
             self.run.report(0, self.steps, self.validate(step=0))
-        yield from self.checkpoints.steps(self.steps, on_rollback=self.sync)
+        yield from self.checkpoints.steps(self.steps, on_rollback=self.sync, make_room=self.sampler.make_room)
 
     def sync(self) -> None:
         self.sampler.update(self.weights, version=self.checkpoints.step)

@@ -140,8 +140,11 @@ class Checkpoints:
             said = f"what an earlier start left in {self.root} could not be cleared away: {reason}"
             self.run.events(self.step, [said], kind="checkpoint")
 
-    def steps(self, total: int, on_rollback: Callable[[], None] = lambda: None) -> Iterator[int]:
-        """The steps that are left of ``total``. ``on_rollback`` is called when older weights were loaded."""
+    def steps(
+        self, total: int, on_rollback: Callable[[], None] = lambda: None, make_room: Callable[[], None] = lambda: None
+    ) -> Iterator[int]:
+        """The steps that are left of ``total``. ``on_rollback`` is called when older weights were loaded; ``make_room``
+        before the whole state is needed between steps, when others may have the memory that it takes."""
         self.total = total
         while self.step < total:
             began = time.monotonic()
@@ -149,6 +152,8 @@ class Checkpoints:
             yield self.step
             self._longest_step = max(self._longest_step, time.monotonic() - began)  # the clock is asked next
             call = self._look_around()
+            if call in (_ROLLBACK, _STOP):
+                make_room()
             if call == _ROLLBACK:
                 self._roll_back()
                 on_rollback()

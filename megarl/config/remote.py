@@ -34,6 +34,12 @@ def check_remote(cfg: "Config") -> Problems:
     if r.router_replay:
         text = "rollout.router_replay = true: servers do not report experts; rollout.mode=colocated does"
         yield Problem(text, ("rollout.router_replay", mode))
+    if r.dynamic_sampling and r.response_length_stages:
+        text = (
+            "rollout.response_length_stages with rollout.dynamic_sampling: groups begin before it is known which step "
+            "they are for, where steps take as many as they need; rollout.mode=colocated has both"
+        )
+        yield Problem(text, ("rollout.response_length_stages", "rollout.dynamic_sampling", mode))
     machines = r.num_nodes or 1
     if (started := machines * r.num_engines) and r.min_engines > started:
         words = f"rollout.num_engines {r.num_engines}" + (f" x {machines} machines = {started}" if r.num_nodes else "")

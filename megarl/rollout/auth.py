@@ -8,11 +8,14 @@ from __future__ import annotations
 import os
 import secrets
 import tempfile
+import urllib.request
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
 TOKEN = "MEGARL_ENGINE_TOKEN"  # in the server's environment: command lines can be read by everybody on the machine
+# For calls of servers: a site's proxy for the internet knows nothing of them.
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 Message = MutableMapping[str, Any]
 Receive, Send = Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]

@@ -12,6 +12,7 @@ happens on a rank that sends, all ranks hear the same verdict: none is left in a
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import socket
@@ -32,6 +33,7 @@ import torch.distributed as dist
 from megarl.parallel.collectives import gather_objects
 from megarl.parallel.mesh import Mesh
 from megarl.rollout import wire
+from megarl.rollout.auth import DIRECT
 from megarl.weights.checksums import checksum
 from megarl.weights.plan import EVERYTHING, Box, Holders, Item, Needs
 from megarl.weights.rules import CanonTensor
@@ -154,7 +156,8 @@ class Sender:
         self._find, self._metadata, self._bucket_bytes, self._device = find, metadata, bucket_bytes, device
         self._token, self._on_update, self._verify = token, on_update, verify
         self._min_engines, self._wait_s, self._timeout_s = min_engines, wait_s, timeout_s
-        self._pool = ThreadPoolExecutor(64, thread_name_prefix="megarl-push")
+        # A thread for every server: a call of a push comes back only when all servers have been called.
+        self._pool = ThreadPoolExecutor(4096, thread_name_prefix="megarl-push")
         self._group: wire.Group | None = None
 
     def invite(self, began: float, failures: Sequence[str]) -> Meeting | None:
@@ -323,13 +326,17 @@ class Sender:
         request = urllib.request.Request(f"{url}/{path}", data, headers)
         timeout = _PROBE_S if data is None else self._timeout_s
         try:
-            with urllib.request.urlopen(request, timeout=timeout) as answer:
+            with DIRECT.open(request, timeout=timeout) as answer:
                 text = answer.read()
+            return json.loads(text) if text else None
         except urllib.error.HTTPError as error:
-            raise RemoteError(f"{url}/{path}: {error.code} {error.read()[:500].decode(errors='replace')}") from error
-        except (OSError, http.client.HTTPException) as error:
+            with contextlib.suppress(OSError, http.client.HTTPException):  # it may die while it says why
+                raise RemoteError(
+                    f"{url}/{path}: {error.code} {error.read()[:500].decode(errors='replace')}"
+                ) from error
+            raise RemoteError(f"{url}/{path}: {error.code}") from error
+        except (OSError, http.client.HTTPException, json.JSONDecodeError) as error:
             raise RemoteError(f"{url}/{path}: {error or type(error).__name__}") from error
-        return json.loads(text) if text else None
 
 
 class RemoteEngines:

@@ -63,8 +63,8 @@ class Group:
     """What a conversation with every sample of a prompt came to."""
 
     prompt: Prompt
-    samples: list[Sample]
-    results: list[RewardResult]
+    samples: Sequence[Sample]
+    results: Sequence[RewardResult]
 
 
 @dataclass(frozen=True)
@@ -109,8 +109,20 @@ class Driver:
             async with self.room:
                 return replace(await self.conversation(engine, prompt), index=index)
 
-        samples = list(await asyncio.gather(*(converse(index) for index in range(sampling.n))))
-        return Group(prompt, samples, await self.scorer.score(prompt, samples))
+        outcomes = await asyncio.gather(*(converse(index) for index in range(sampling.n)), return_exceptions=True)
+        if errors := [(k, error) for k, error in enumerate(outcomes) if isinstance(error, BaseException)]:
+            return Group(prompt, *zip(*(self._failed(prompt, k, error) for k, error in errors), strict=True))
+        return Group(prompt, outcomes, await self.scorer.score(prompt, outcomes))
+
+    def _failed(self, prompt: Prompt, index: int, error: BaseException) -> tuple[Sample, RewardResult]:
+        """Of a conversation that raised: an error of its group alone, unless ``reward.on_error`` or what it is says
+        that the run is to end."""
+        told = f"prompt {prompt.id}, sample {index}: its conversation raised {type(error).__name__}: {error}"
+        if not isinstance(error, Exception) or isinstance(error, RolloutError):
+            raise error
+        if self.cfg.reward.on_error == "abort":
+            raise RolloutError(told) from error
+        return Sample(prompt.id, index, prompt.tokens, len(prompt.tokens)), RewardResult(None, {}, told)
 
     async def groups(self, prompts: Sequence[Prompt], sampling: Sampling) -> dict[int, Group]:
         """This replica's share of these prompts, by their place."""
@@ -237,6 +249,9 @@ class RemoteSampler:
         rollout = tabulate(scored, self.mesh, sampling.max_tokens, self._flops)
         return validation_metrics(self.cfg, rollout), rollout.errors
 
+    def make_room(self) -> None:
+        """Servers take no memory of the trainer's."""
+
     def close(self) -> None:
         if self._driver is not None:
             self._driver.close()
@@ -264,6 +279,8 @@ class RemoteSampler:
 
     def _aged(self, row: Row, sample: Sample, step: int) -> tuple[Row, Sample]:
         """How many updates the weights that sampled each token are behind those that ``step`` trains."""
+        if row.result.error is not None and sample.versions is None:  # its conversation raised: nothing of it trains
+            return row, sample
         assert sample.versions is not None, "every token of a server's has a version"
         sample.staleness = step - 1 - sample.versions
         oldest, newest = int(sample.staleness.max()), int(sample.staleness.min())
@@ -311,8 +328,9 @@ class RemoteSampler:
         try:
             asked.result(timeout=_POLL_S)
         except NotYetError:
-            if asked.done():  # it was the work that timed out
-                return _FAILED, f"{asked.exception()!r}"
+            if asked.done():  # the work timed out, or ended just now
+                error = asked.exception()
+                return (_DONE, None) if error is None else (_FAILED, f"{type(error).__name__}: {error}")
             return (_STARVED if self._driver.client.starved else _WAITING), None
         except StreamError as error:
             return _FAILED, str(error)

@@ -137,6 +137,10 @@ class Sampler:
         if self.talks:
             self.talks.version = version
 
+    def make_room(self) -> None:
+        """Let the engine sleep, until the next `update`."""
+        self.engine.sleep()
+
     def close(self) -> None:
         if self.rewards:
             self.rewards.close()

@@ -8,6 +8,7 @@ every process that they started.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -25,7 +26,7 @@ from pathlib import Path
 from megarl.config import Config
 from megarl.model.family import read_spec
 from megarl.parallel.watchdog import die_with_parent, signal_at_parents_death
-from megarl.rollout.auth import TOKEN, token_of
+from megarl.rollout.auth import DIRECT, TOKEN, token_of
 from megarl.rollout.vllm_config import DTYPES, model_arguments, option
 
 _POLL_S = 0.5
@@ -42,7 +43,11 @@ def engines_folder(cfg: Config) -> Path:
 
 def discover(folder: Path) -> list[str]:
     """The addresses of the servers that meet in a folder, in order; some may have died since."""
-    return sorted(json.loads(path.read_text())["url"] for path in folder.glob("*.json"))
+    urls = []
+    for path in folder.glob("*.json"):
+        with contextlib.suppress(OSError):  # its server has died since the folder was listed
+            urls.append(json.loads(path.read_text())["url"])
+    return sorted(urls)
 
 
 def arguments(cfg: Config, host: str, port: int, *, on_cpu: bool) -> list[str]:
@@ -94,7 +99,12 @@ def environment(cfg: Config, number: int, token: str, *, first_gpu: int, on_cpu:
         own |= {"OMP_NUM_THREADS": "1"}
         own |= {"VLLM_CPU_OMP_THREADS_BIND": os.environ.get("VLLM_CPU_OMP_THREADS_BIND", pinned)}
     else:
-        own["CUDA_VISIBLE_DEVICES"] = ",".join(str(first_gpu + number * tp + k) for k in range(tp))
+        visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+        mine = range(first_gpu + number * tp, first_gpu + (number + 1) * tp)
+        if visible and mine.stop > len(visible):
+            said = f"CUDA_VISIBLE_DEVICES={','.join(visible)} are {len(visible)} GPUs"
+            raise ServeError(f"{said}: there is none with the number {mine.stop - 1} for server {number}")
+        own["CUDA_VISIBLE_DEVICES"] = ",".join(visible[k] if visible else str(k) for k in mine)
     launcher = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "MEGARL_LAUNCHER")
     return {name: value for name, value in os.environ.items() if name not in launcher} | own
 
@@ -171,7 +181,7 @@ class Server:
         headers = {"Authorization": f"Bearer {token_of(engines_folder(self.cfg))}"}
         request = urllib.request.Request(f"http://{self.name}:{self.port}/health", headers=headers)
         try:
-            with urllib.request.urlopen(request, timeout=_HEALTH_S):
+            with DIRECT.open(request, timeout=_HEALTH_S):
                 return True
         except urllib.error.HTTPError:
             return False
