@@ -21,7 +21,7 @@ from megarl.cli import main
 from megarl.config import load
 from megarl.rollout import serve as module
 from megarl.rollout.auth import TOKEN, RequireToken, token_of
-from megarl.rollout.serve import arguments, discover, environment
+from megarl.rollout.serve import ServeError, arguments, discover, environment
 from tests.distributed.tiny_models import qwen2
 
 RECIPE = """
@@ -115,7 +115,7 @@ def test_a_busy_server_is_left_alone_and_one_whose_engine_is_dead_is_not(tmp_pat
     assert alive == [True, True, True, True, True, False, False]
 
 
-def test_the_command_line_is_the_recipes(tmp_path: Path) -> None:
+def test_the_command_line_is_the_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cfg = load([str(recipe_in(tmp_path)), "rollout.tensor_parallel_size=2"])
     said = " ".join(arguments(cfg, "127.0.0.1", 8123, on_cpu=True))
     for words in (
@@ -128,8 +128,13 @@ def test_the_command_line_is_the_recipes(tmp_path: Path) -> None:
     ):
         assert words in said
     assert "--quantization" not in said
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     env = environment(cfg, 1, "secret", first_gpu=4, on_cpu=False)
     assert env["CUDA_VISIBLE_DEVICES"] == "6,7" and env[TOKEN] == "secret" and "secret" not in said
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "8,9,GPU-a,GPU-b")
+    assert environment(cfg, 1, "secret", first_gpu=0, on_cpu=False)["CUDA_VISIBLE_DEVICES"] == "GPU-a,GPU-b"
+    with pytest.raises(ServeError, match="are 4 GPUs: there is none with the number 5 for server 2"):
+        environment(cfg, 2, "secret", first_gpu=0, on_cpu=False)
 
 
 def test_serving_a_colocated_recipe_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
