@@ -363,6 +363,12 @@ def test_sizes_that_do_not_fit(recipe: Callable[..., Path], settings: dict[str, 
         ({"num_key_value_heads": 7}, {GPUS: 2, TP: 2}, "7 % 2 = 1, 2 % 7 = 2"),
         ({"intermediate_size": 97}, {GPUS: 2, TP: 2}, "97 % 2 = 1"),
         ({}, {GPUS: 4, PP: 4}, f"10 layers cannot be divided over {PP} 4 stages: 10 % 4 = 2"),
+        (
+            {},
+            {GPUS: 2, PP: 2, "model.recompute_granularity": "full", "model.recompute_method": "uniform"}
+            | {"model.recompute_num_layers": 2},
+            "a stage's 5 layers cannot be divided into units of model.recompute_num_layers 2: 5 % 2 = 1",
+        ),
         ({}, {GPUS: 4, PP: 4, FIRST: 2}, f"10 layers - 2 = 8 cannot be divided over {PP} 4 - 1 = 3 stages: 8 % 3 = 2"),
         ({"max_position_embeddings": 2000}, {}, "max_position_embeddings = 2000 is less than data.max_prompt_length"),
         ({}, {"rollout.max_model_len": 3000}, "is more than the model's max_position_embeddings = 2048"),

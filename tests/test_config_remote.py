@@ -12,6 +12,7 @@ from megarl.config.machine import check_gpus
 from megarl.config.remote import engines_beside
 
 REMOTE = {"rollout.mode": "remote"}
+STAGES = [{"first_step": 1, "max_response_length": 32}, {"first_step": 5, "max_response_length": 64}]
 STALE = REMOTE | {"rollout.max_staleness": 2}
 
 
@@ -42,6 +43,12 @@ def loaded(folder: Path, settings: dict[str, Any]) -> Config:
         ),
         (STALE, "correct for it with loss.truncated_importance_sampling_type=tis or loss.use_rollout_logps=true"),
         (STALE | {"algorithm": "ppo"}, "rollout.max_staleness = 2"),
+        (
+            REMOTE
+            | {"rollout.dynamic_sampling": True}
+            | {"rollout.response_length_stages": STAGES, "rollout.max_response_length": 64},
+            "groups begin before it is known which step they are for",
+        ),
         (REMOTE | {"rollout.router_replay": True}, "servers do not report experts"),
         (REMOTE | {"rollout.min_engines": 2}, "rollout.min_engines = 2 is more than rollout.num_engines 1"),
         (
