@@ -14,6 +14,7 @@ from pathlib import Path
 
 from megarl.config import Config, ConfigError, load
 from megarl.launch import SAVED
+from megarl.observe.journal import Output
 
 EXIT_CONFIG = 2
 EXIT_REQUEUE = 75  # EX_TEMPFAIL of sysexits.h: saved and stopped before the end; start it again to go on
@@ -81,4 +82,5 @@ def run(cfg: Config) -> int:
 
 
 if __name__ == "__main__":
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)  # type: ignore[assignment]
     sys.exit(main(sys.argv[1:]))

@@ -200,6 +200,26 @@ journal.close()
     assert lines == ["line 0000", "line 0001", "line 0002", "line 0003", "the last", ""]
 
 
+def test_output_that_the_disk_does_not_take_is_said_later(tmp_path: Path) -> None:
+    """Unbuffered, into a file of at most 12 bytes, and then of any number."""
+    code = """
+import resource, sys
+from megarl.observe.journal import Output
+sys.stdout = Output(sys.stdout)
+resource.setrlimit(resource.RLIMIT_FSIZE, (12, resource.RLIM_INFINITY))
+for number in range(4):
+    print(f"line {number}", flush=True)
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+print("the last", flush=True)
+"""
+    with (tmp_path / "out").open("w") as out:
+        done = subprocess.run([sys.executable, "-u", "-c", code], stdout=out, stderr=subprocess.PIPE, timeout=60)
+    assert done.returncode == 0 and done.stderr == b""
+    lines = (tmp_path / "out").read_text().split("\n")
+    assert lines[0] == "line 0" and lines[-2:] == ["the last", ""]
+    assert any("characters could not be written here" in line for line in lines)
+
+
 def test_a_broken_metrics_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')

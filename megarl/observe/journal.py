@@ -1,4 +1,4 @@
-"""Files of lines that a run appends to, and that a full disk must not end it by."""
+"""What a run writes line by line, files and its output: a full disk must not end it by them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import IO, Any
 
 
 class Journal:
@@ -44,3 +45,32 @@ class Journal:
                 self._waiting = self._waiting[os.write(file, self._waiting) :]
         finally:
             os.close(file)
+
+
+class Output:
+    """Standard output or error of a rank, often a file on the disk that the run fills. What it does not take is lost,
+    which it says as soon as it takes something again."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+        self._lost = 0
+
+    def write(self, text: str) -> int:
+        try:
+            if self._lost:
+                self._stream.write(f"\n[{self._lost} characters could not be written here]\n")
+                self._stream.flush()
+                self._lost = 0
+            self._stream.write(text)
+        except OSError:
+            self._lost += len(text)
+        return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:  # the stream keeps what it has, for the next time
+            pass
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
