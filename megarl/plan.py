@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 from megarl.config import Config
 from megarl.config.algorithm import ON_POLICY
+from megarl.config.model import VOCABULARY_BLOCK
 from megarl.config.sizes import expert_tensor_parallel, first_stage, job_size, last_stage
 from megarl.model.family import ModelSpec
 from megarl.model.flops import attention_parameters
@@ -169,7 +170,7 @@ def _activations(cfg: Config, spec: ModelSpec, stage: int, layers: range) -> flo
 
 def _head(cfg: Config, spec: ModelSpec) -> float:
     rows = spec.vocab_size / cfg.parallel.tensor_model_parallel_size
-    return rows * 4 * (3 * cfg.model.logprob_chunk_size + spec.hidden_size)
+    return 4 * (3 * cfg.model.logprob_chunk_size * min(rows, VOCABULARY_BLOCK) + rows * spec.hidden_size)
 
 
 def rows_of(found: Plan, cfg: Config, gpu_gb: float) -> list[tuple[str, str]]:

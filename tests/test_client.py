@@ -69,7 +69,7 @@ async def never(request):
 
 def run(scenario: Callable[[Client], Awaitable[None]], **options) -> None:
     async def scene():
-        client = Client(token="secret", timeout_s=options.pop("timeout_s", 5), **options)
+        client = Client(token="secret", **options)
         try:
             await scenario(client)
         finally:
@@ -231,17 +231,33 @@ def test_what_no_server_can_do_ends_the_request(answers, said):
     run(scenario)
 
 
-def test_without_any_server_it_ends_after_the_time_that_is_allowed():
+def test_without_any_server_a_request_waits_for_the_next_push_however_long_the_trainer_takes():
     async def scenario(client):
-        stub = Stub(failure(), version="default")
+        stub = Stub(failure(), answer([4, 9]), version="default")
         await serving(client, stub)
-        with pytest.raises(RolloutError, match=r"no server has been there for .* \(rollout\.engine_timeout_s\)"):
-            await client.generate([1], 6, SAMPLING)
-        assert client.starved is False  # only after two seconds
-        client._without_since -= 2
-        assert client.starved
+        request = asyncio.create_task(client.generate([1], 6, SAMPLING))
+        await asyncio.sleep(0.5)
+        assert not client.starved  # only after two seconds
+        client._without_since -= 3600
+        await asyncio.sleep(0.5)
+        assert client.starved and not request.done()
+        client.use([stub.url], 3)
+        assert (await request).tokens == [4, 9]
+        assert client.counts.lost == 1
 
-    run(scenario, timeout_s=0.4)
+    run(scenario)
+
+
+def test_a_request_that_ends_servers_ends_the_run():
+    """A server that is well again after every time."""
+
+    async def scenario(client):
+        await serving(client, Stub(hang_up))
+        with pytest.raises(RolloutError, match=r"prompt of 2 tokens, 6 to come\) was lost 16 times, .* the last time"):
+            await client.generate([1, 2], 6, SAMPLING)
+        assert client.counts.lost == 16
+
+    run(scenario)
 
 
 def test_lost_tokens_are_estimated_from_what_requests_get():

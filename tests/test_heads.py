@@ -5,13 +5,15 @@ import math
 import pytest
 import torch
 
+from megarl.model import heads
 from megarl.model.heads import VocabShard, token_logprobs
 
 
-@pytest.mark.parametrize("chunk", [3, 100])
+@pytest.mark.parametrize("chunk, block", [(3, 4), (3, 100), (100, 5), (100, 17), (100, 100)])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("padding", [0, 5])
-def test_values_and_gradients_equal_autograd(chunk, temperature, padding):
+def test_values_and_gradients_equal_autograd(chunk, block, temperature, padding, monkeypatch):
+    monkeypatch.setattr(heads, "VOCABULARY_BLOCK", block)
     torch.manual_seed(0)
     n, h, v = 11, 8, 17
     targets = torch.randint(0, v, (n,))
@@ -39,16 +41,20 @@ def test_no_selected_token():
     assert logps.shape == (0,) and weight.grad.abs().sum() == 0
 
 
-def test_logits_far_apart_do_not_overflow():
+@pytest.mark.parametrize("block", [1, 2, 3])
+def test_logits_far_apart_do_not_overflow(block, monkeypatch):
+    monkeypatch.setattr(heads, "VOCABULARY_BLOCK", block)
     hidden, weight = torch.tensor([[1e4]]), torch.tensor([[1.0], [0.0], [-1.0]])
     logps, entropy = token_logprobs(hidden, weight, torch.tensor([0]), VocabShard(0, 3, None), 1.0, 8)
     assert logps.item() == 0.0 and entropy.item() == 0.0
 
 
-def test_probabilities_that_bf16_and_fp32_cannot_hold():
+@pytest.mark.parametrize("block", [1, 3, 4])
+def test_probabilities_that_bf16_and_fp32_cannot_hold(block, monkeypatch):
     """Logits 0, -96, -200 and -1024 behind a bf16 head: e^-96 is less than the least normal number of bf16 and fp32,
     the others are 0. Log-probs are the logits to the bit, entropy is 97 e^-96 at most, and d logp[k] / d hidden =
     w[k] - w[0], but for terms of 96^2 e^-96."""
+    monkeypatch.setattr(heads, "VOCABULARY_BLOCK", block)
     weight = torch.tensor([[0.0, 1.0], [-96.0, 1.0], [-200.0, 1.0], [-1024.0, 1.0]], dtype=torch.bfloat16)
     hidden = torch.tensor([[1.0, 0.0]] * 4, dtype=torch.bfloat16, requires_grad=True)
     weight.requires_grad_()

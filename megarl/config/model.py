@@ -5,6 +5,10 @@ from typing import Any, Literal
 
 from omegaconf import MISSING
 
+VOCABULARY_BLOCK = (
+    1 << 14
+)  # rows of the head whose logits exist at once, beside `ModelConfig.logprob_chunk_size` tokens
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -15,7 +19,7 @@ class ModelConfig:
     trust_remote_code: bool = False
     """Run Python code that comes with a model or tokenizer; false refuses directories that need it."""
     logprob_chunk_size: int = 256
-    """Tokens whose logits exist at the same time; smaller needs less memory."""
+    """Tokens whose logits exist at the same time, for 16,384 ids of the vocabulary; smaller needs less memory."""
     recompute_granularity: Literal["full", "selective"] | None = None
     """What the backward pass computes again instead of keeping: whole layers, or only `recompute_modules`."""
     recompute_method: Literal["uniform", "block"] | None = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -23,15 +24,12 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention, make_sharded_tensors_for_checkpoint
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from megarl.model.router import Routing
 from megarl.parallel.context import ContextShare
 
-# Where keys come from other ranks, elements [queries, keys] of the mask that exists at once (torch makes floats of it),
-# and of a sequence's masks that may wait for backward.
+# Where keys come from other ranks, elements [queries, keys] of the mask that exists at once (torch makes floats of it).
 _MASK = 1 << 24
-_KEPT_MASKS = 1 << 21
 
 
 @dataclass
@@ -205,22 +203,8 @@ class PackedAttention(MegatronModule):
         assert layout.share is not None, "called with a share only"
         share, sizes = layout.share, [k.shape[-1], v.shape[-1]]
         k, v = share.gather(torch.cat((k, v), dim=-1)).split(sizes, dim=-1)
-        out, at = [], 0
-        for start, stop in pairwise(layout.cu_seqlens):
-            chunk = (stop - start) // (2 * share.size)
-            for number in (share.rank, 2 * share.size - 1 - share.rank):
-                queries = max(16, min(1024, _MASK // (stop - start)))
-                for first in range(number * chunk, (number + 1) * chunk, queries):
-                    last = min(first + queries, (number + 1) * chunk)
-                    keys = slice(start, start + last)
-                    block = (q[at : at + last - first], k[keys], v[keys], first)
-                    if 2 * chunk * (stop - start) > _KEPT_MASKS and torch.is_grad_enabled():
-                        # Computed again in backward: kept, the masks of all blocks would grow with the square of T.
-                        out.append(checkpoint(self._attend_block, *block, use_reentrant=False))
-                    else:
-                        out.append(self._attend_block(*block))
-                    at += last - first
-        return torch.cat(out)
+        blocks = _blocks(layout.cu_seqlens, share)
+        return _BlockByBlock.apply(self._attend_block, blocks, q, k, v, self.softmax_offset)
 
     def _attend_block(self, q: Tensor, k: Tensor, v: Tensor, first: int) -> Tensor:
         """Queries ``[m, h, d]`` at positions ``first`` and on, over the keys up to the last of them: [m, h * v]."""
@@ -272,6 +256,68 @@ class PackedAttention(MegatronModule):
         h, m = self.softmax_offset.shape[0], seen.shape[0]
         sinks = self.softmax_offset.to(q.dtype)[:, None, None].expand(h, m, 1)
         return torch.cat((hidden.expand(h, *seen.shape), sinks), dim=-1)
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Queries that attend at once."""
+
+    queries: slice  # of those that are here
+    keys: slice  # of all: its sequence, up to the last of its queries
+    first: int  # where its queries begin in their sequence
+
+
+def _blocks(cu_seqlens: list[int], share: ContextShare) -> list[_Block]:
+    """A share's queries, in order: of every sequence two chunks."""
+    blocks, at = [], 0
+    for start, stop in pairwise(cu_seqlens):
+        chunk = (stop - start) // (2 * share.size)
+        most = max(16, min(1024, _MASK // (stop - start)))
+        for number in (share.rank, 2 * share.size - 1 - share.rank):
+            for first in range(number * chunk, (number + 1) * chunk, most):
+                last = min(first + most, (number + 1) * chunk)
+                blocks.append(_Block(slice(at, at + last - first), slice(start, start + last), first))
+                at += last - first
+    return blocks
+
+
+class _BlockByBlock(torch.autograd.Function):
+    """Attention of one block after the other, computed again in backward: kept, the masks of all blocks would grow with
+    the square of T. Results have their place from the beginning: small tensors that live on between large ones that do
+    not would leave the allocator with holes, each a little too small for the next block."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        attend: Callable[..., Tensor],
+        blocks: list[_Block],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        out = q.new_empty(len(q), q.shape[1] * v.shape[2])
+        for block in blocks:
+            out[block.queries] = attend(q[block.queries], k[block.keys], v[block.keys], block.first)
+        ctx.save_for_backward(q, k, v)
+        ctx.attend, ctx.blocks, ctx.sinks = attend, blocks, sinks
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, sinks = ctx.saved_tensors, [ctx.sinks] if ctx.needs_input_grad[-1] else []
+        totals = [torch.zeros_like(x, dtype=torch.float32) for x in (*qkv, *sinks)]
+        for block in ctx.blocks:
+            at = (block.queries, block.keys, block.keys)
+            parts = [x[where].detach().requires_grad_() for x, where in zip(qkv, at, strict=True)]
+            with torch.enable_grad():
+                out = ctx.attend(*parts, block.first)
+            grads = torch.autograd.grad(out, [*parts, *sinks], grad[block.queries])
+            everywhere = [...] * len(sinks)
+            for total, where, part in zip(totals, (*at, *everywhere), grads, strict=True):
+                total[where] += part
+        dq, dk, dv, *of_sinks = (total.to(x.dtype) for total, x in zip(totals, (*qkv, *sinks), strict=True))
+        return None, None, dq, dk, dv, (of_sinks[0] if sinks else None)
 
 
 def _rows(x: Tensor, rectangle: Tensor) -> Tensor:

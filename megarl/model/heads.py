@@ -6,11 +6,14 @@ Shapes: N selected tokens, h hidden, v this rank's rows of the head. The vocabul
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from megarl.config.model import VOCABULARY_BLOCK
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,10 @@ class VocabShard:
 
 
 class _TokenLogProbs(torch.autograd.Function):
-    """log softmax(hidden @ weight.T / temperature) at the targets, and its entropy; logits exist one chunk at a time.
+    """log softmax(hidden @ weight.T / temperature) at the targets, and its entropy; logits exist one tile at a time, of
+    a chunk of tokens and a block of the vocabulary.
 
-    Backward computes the chunk's logits again. Its gradient of ``hidden`` is this rank's vocabulary's part only: the
+    Backward computes the tile's logits again. Its gradient of ``hidden`` is this rank's vocabulary's part only: the
     caller's copy/gather region sums it over tensor parallelism.
     """
 
@@ -43,10 +47,12 @@ class _TokenLogProbs(torch.autograd.Function):
         logps = hidden.new_empty(n, dtype=torch.float32)
         entropy = torch.empty_like(logps)
         log_z = torch.empty_like(logps)
-        for rows in _chunks(n, chunk):
-            logits = _logits(hidden[rows], weight, shard, temperature)
-            log_z[rows], logps[rows], entropy[rows] = _statistics(logits, targets[rows], shard)
-            del logits  # before the next chunk's exist
+        for rows in _slices(n, chunk):
+            blocks = [
+                _Statistics.of(_logits(hidden[rows], weight[ids], temperature), targets[rows], shard.start + ids.start)
+                for ids in _slices(shard.size, VOCABULARY_BLOCK)
+            ]
+            log_z[rows], logps[rows], entropy[rows] = _whole(blocks, log_z[rows], shard.group)
         ctx.save_for_backward(hidden, weight, targets, log_z, entropy)
         ctx.shard, ctx.temperature, ctx.chunk = shard, temperature, chunk
         ctx.set_materialize_grads(False)
@@ -55,11 +61,11 @@ class _TokenLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_logps: Tensor | None, grad_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, log_z, entropy = ctx.saved_tensors
-        shard, size = ctx.shard, ctx.shard.size
-        grad_hidden = torch.zeros_like(hidden)
+        grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for rows in _chunks(hidden.shape[0], ctx.chunk):
-            log_p = _logits(hidden[rows], weight, shard, ctx.temperature).sub_(log_z[rows, None])
+        tiles = product(_slices(len(hidden), ctx.chunk), _slices(ctx.shard.size, VOCABULARY_BLOCK))
+        for rows, ids in tiles:
+            log_p = _logits(hidden[rows], weight[ids], ctx.temperature).sub_(log_z[rows, None])
             grad = _logits_gradient(
                 log_p,
                 entropy[rows],
@@ -67,13 +73,13 @@ class _TokenLogProbs(torch.autograd.Function):
                 None if grad_entropy is None else grad_entropy[rows],
             )
             if grad_logps is not None:
-                here, index = _local_targets(targets[rows], shard)
+                here, index = _targets_in(targets[rows], ctx.shard.start + ids.start, grad.shape[1])
                 grad[here, index] += grad_logps[rows][here]
             grad = grad.div_(ctx.temperature).to(hidden.dtype)
-            grad_hidden[rows] = grad @ weight[:size]
-            _add_product(grad_weight[:size], grad.t(), hidden[rows])
-            del log_p, grad  # before the next chunk's exist
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+            _add_product(grad_hidden[rows], grad, weight[ids])
+            _add_product(grad_weight[ids], grad.t(), hidden[rows])
+            del log_p, grad  # before the next tile's exist
+        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), None, None, None, None
 
 
 def token_logprobs(
@@ -86,7 +92,7 @@ def token_logprobs(
         weight: [v, h], this rank's rows of the head.
         targets: [N] token ids.
         temperature: what sampling divides logits by.
-        chunk: tokens whose logits exist at once.
+        chunk: tokens whose logits exist at once, of VOCABULARY_BLOCK ids.
 
     Returns:
         logps [N], entropy [N], the same on every tensor-parallel rank.
@@ -94,13 +100,13 @@ def token_logprobs(
     return _TokenLogProbs.apply(hidden, weight, targets, shard, temperature, chunk)
 
 
-def _chunks(n: int, chunk: int) -> list[slice]:
-    return [slice(start, min(start + chunk, n)) for start in range(0, n, chunk)]
+def _slices(n: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
-def _logits(hidden: Tensor, weight: Tensor, shard: VocabShard, temperature: float) -> Tensor:
-    """[N, size] in fp32, to be written over."""
-    return (hidden @ weight[: shard.size].t()).float().div_(temperature)
+def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """In fp32, to be written over."""
+    return (hidden @ weight.t()).float().div_(temperature)
 
 
 def _logits_gradient(log_p: Tensor, entropy: Tensor, grad_logps: Tensor | None, grad_entropy: Tensor | None) -> Tensor:
@@ -126,27 +132,52 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total += a @ b
 
 
-def _local_targets(targets: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor]:
-    """Which tokens' targets are in this rank's rows, and at which of them."""
-    here = ((targets >= shard.start) & (targets < shard.start + shard.size)).nonzero()[:, 0]
-    return here, targets[here] - shard.start
+def _targets_in(targets: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
+    """Which tokens' targets are among these ids of the vocabulary, and at which of them."""
+    here = ((targets >= start) & (targets < start + size)).nonzero()[:, 0]
+    return here, targets[here] - start
 
 
-def _statistics(logits: Tensor, targets: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
-    """log-sum-exp, log-probability of the target, entropy: [N] each, over the whole vocabulary."""
-    if shard.size:
+@dataclass(frozen=True)
+class _Statistics:
+    """Of each token's logits z in one block of the vocabulary, [N] each."""
+
+    highest: Tensor  # max z
+    mass: Tensor  # sum of e^(z - highest)
+    weighted: Tensor  # sum of e^(z - highest) (z - highest)
+    target: Tensor  # z[target] where that is in the block, else 0
+
+    @classmethod
+    def of(cls, logits: Tensor, targets: Tensor, start: int) -> _Statistics:
+        """Of the block that begins with id ``start``; ``logits`` [N, its size] are written over."""
         highest = logits.amax(dim=-1)
-    else:  # this rank holds padding rows only
-        highest = logits.new_full((logits.shape[0],), -torch.inf)
-    if shard.group is not None:
-        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=shard.group)
-    shifted = logits.sub_(highest[:, None])
-    exp = shifted.exp()
-    here, index = _local_targets(targets, shard)
-    target = torch.zeros_like(highest)
-    target[here] = shifted[here, index]
-    sums = torch.stack([exp.sum(-1), target, shifted.mul_(exp).sum(-1)])
-    if shard.group is not None:
-        dist.all_reduce(sums, group=shard.group)
-    log_sum = sums[0].log()
-    return highest + log_sum, sums[1] - log_sum, log_sum - sums[2] / sums[0]
+        here, index = _targets_in(targets, start, logits.shape[1])
+        target = torch.zeros_like(highest)
+        target[here] = logits[here, index]
+        shifted = logits.sub_(highest[:, None])
+        exp = shifted.exp()
+        return cls(highest, exp.sum(-1), shifted.mul_(exp).sum(-1), target)
+
+
+def _whole(blocks: list[_Statistics], empty: Tensor, group: dist.ProcessGroup | None) -> tuple[Tensor, Tensor, Tensor]:
+    """log-sum-exp, log-probability of the target, entropy: [N] each, over the whole vocabulary.
+
+    Args:
+        blocks: this rank's; none where it holds padding rows only.
+        empty: [N] fp32, to be written over.
+    """
+    highest = empty.fill_(-torch.inf)
+    for block in blocks:
+        highest = torch.maximum(highest, block.highest)
+    if group is not None:
+        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
+    sums = highest.new_zeros(3, len(highest))
+    for block in blocks:
+        lower = block.highest - highest
+        weighted = block.weighted + lower * block.mass
+        sums += torch.stack([lower.exp() * block.mass, lower.exp() * weighted, block.target])
+    if group is not None:
+        dist.all_reduce(sums, group=group)
+    mass, weighted, target = sums
+    log_mass = mass.log()
+    return highest + log_mass, target - highest - log_mass, log_mass - weighted / mass

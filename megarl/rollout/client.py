@@ -2,8 +2,10 @@
 
 Contract: everything here runs in one asyncio loop. `Client.generate` returns a whole response, whatever becomes of
 servers meanwhile: one that dies costs what it had generated of this request and nothing else, and what an aborted
-request has so far is kept, and continued. It raises RolloutError where a server refuses the request itself, where
-answers are not answers three times, or when there has been no server for ``timeout_s``.
+request has so far is kept, and continued. While there is no server it waits: the trainer, which may be in the middle of
+a step, sees that by `Client.starved` as soon as it needs what is asked for, and gives weights to the servers that it
+finds or ends the run. It raises RolloutError where a server refuses the request itself, where answers are not answers
+three times, and where sixteen servers were lost by it.
 
 A server counts only with the weights of a push: every token's version comes from the server itself, and tokens of a
 version that no push has brought (a server that was started anew) are not taken.
@@ -12,7 +14,6 @@ version that no push has brought (a server that was started anew) are not taken.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ _HEALTH_S = 5.0  # between looks at servers that owe an answer
 _PROBE_S = 1.0  # between looks at a server that failed
 _SILENT = 3  # looks in a row that a server may leave unanswered
 _GARBAGE = 3  # answers to one request that may be none
+_LOST = 16  # times that one request may be lost: it may itself be what ends servers
 _ANSWERS_WITHIN_S = 10.0
 _STARVED_S = 2.0
 
@@ -72,7 +74,7 @@ class Counts:
 class Client:
     """The servers that generate now."""
 
-    def __init__(self, *, token: str | None, timeout_s: float, salted: bool = False) -> None:
+    def __init__(self, *, token: str | None, salted: bool = False) -> None:
         """
         Args:
             salted: whether servers keep their cache at a push, so that a prefix computed by older weights has to be
@@ -81,7 +83,7 @@ class Client:
         self.version = 0
         self.counts = Counts()
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        self._timeout_s, self._salted = timeout_s, salted
+        self._salted = salted
         self._servers: dict[str, _Server] = {}
         self._held = True
         self._usable = asyncio.Event()
@@ -188,7 +190,7 @@ class Client:
         self, tokens: Sequence[int], max_tokens: int, sampling: Sampling, stop_token_ids: Sequence[int] = ()
     ) -> Completion:
         """What follows ``tokens``: one response of at most ``max_tokens``."""
-        prompt, garbage = list(tokens), 0
+        prompt, garbage, lost = list(tokens), 0, 0
         out: list[int] = []
         logps: list[float] = []
         versions: list[int] = []
@@ -204,9 +206,15 @@ class Client:
                 self.counts.lost_seconds += time.monotonic() - sent
                 self._failed(server)
                 garbage += isinstance(reason, _GarbageError)
+                lost += 1
                 if garbage == _GARBAGE:
                     raise RolloutError(
                         f"{garbage} answers to one request made no sense; the last one: {reason}"
+                    ) from None
+                if lost == _LOST:
+                    raise RolloutError(
+                        f"a request (a prompt of {len(prompt)} tokens, {max_tokens} to come) was lost {lost} times, by "
+                        f"servers that were well when it was sent: see what it does to them; the last time: {reason}"
                     ) from None
                 continue
             out += part.tokens
@@ -225,14 +233,7 @@ class Client:
             up = [server for server in self._servers.values() if server.up]
             if up and not self._held:
                 return min(up, key=lambda server: len(server.requests))
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._usable.wait(), self._timeout_s)
-            waited = time.monotonic() - self._without_since
-            if not self._usable.is_set() and not self._held and waited >= self._timeout_s:
-                raise RolloutError(
-                    f"no server has been there for {waited:.0f} s (rollout.engine_timeout_s); the last known: "
-                    f"{', '.join(self._servers) or 'none'}"
-                )
+            await self._usable.wait()
 
     async def _tracked(self, server: _Server, ask: Any) -> Completion:
         """A request that ends when its server is given up."""

@@ -109,7 +109,8 @@ class _Engine:
 
 @dataclass
 class Talks:
-    """What the conversations of one engine have in common. The engine's other ranks have no scorer, and only follow."""
+    """What conversations of one engine have in common, with the clock that all of them go by: it stands still between
+    runs, whichever batch they belong to. The engine's other ranks have no scorer, and only follow."""
 
     engine: VLLMEngine
     conversation: Conversation
@@ -122,8 +123,6 @@ class Talks:
     def close(self) -> None:
         self.loop.run_until_complete(self.loop.shutdown_default_executor())
         self.loop.close()
-        if self.scorer:
-            self.scorer.close()
 
 
 class Batch:

@@ -87,7 +87,7 @@ class Driver:
         self.loop = Loop("megarl-rollout")
         token = token_of(engines_folder(cfg))
         salted = r.on_update == "keep_kv"
-        self.client = self.loop.call(partial(Client, token=token, timeout_s=r.engine_timeout_s, salted=salted))
+        self.client = self.loop.call(partial(Client, token=token, salted=salted))
         self.room = asyncio.Semaphore(r.max_concurrent or 10**9)
         self.first_step = 1  # the one that group 0 is for
         self.stream = Stream[Made](

@@ -84,17 +84,23 @@ class Sampler:
         self.flops = ModelFlops.of(read_spec(cfg.model.path))
         self.leads = mesh.rank % cfg.rollout.tensor_parallel_size == 0
         self.rewards: RewardWorkers | None = None
-        self.talks: Talks | None = None
+        self.scorer: Scorer | None = None
+        self.talks: list[Talks] = []  # those that end with their step, and, with a surplus, those that go on
         self.surplus: Surplus | None = None
         goes_on = cfg.rollout.oversample > 0 or cfg.rollout.dynamic_sampling_refill
         if cfg.rollout.environment == SINGLE_TURN and not goes_on:
             self.rewards = RewardWorkers(cfg.reward) if self.leads else None
         else:
-            conversation = conversation_of(cfg, tokenizer) if self.leads else single_turn
-            scorer = Scorer(cfg.reward, tokenizer) if self.leads else None
-            abort = cfg.reward.on_error == "abort"
-            self.talks = Talks(self.engine, conversation, scorer, abort, cfg.rollout.seed_per_request)
-            self.surplus = Surplus(cfg, mesh, self.talks, prompts) if goes_on else None
+            self.scorer = Scorer(cfg.reward, tokenizer) if self.leads else None
+            self.talks = [self._new_talks() for _ in range(1 + goes_on)]
+            self.surplus = Surplus(cfg, mesh, self.talks[1], prompts) if goes_on else None
+
+    def _new_talks(self) -> Talks:
+        """With a conversation, locks and clients included, and a clock of their own: a validation neither waits for
+        what the surplus holds nor lets its clocks run."""
+        conversation = conversation_of(self.cfg, self.tokenizer) if self.leads else single_turn
+        abort = self.cfg.reward.on_error == "abort"
+        return Talks(self.engine, conversation, self.scorer, abort, self.cfg.rollout.seed_per_request)
 
     def rollout(self, draw: Draw, step: int) -> Rollout:
         """Sample and score a step's prompts. Raises EmptyStepError if no group could be scored whole, or
@@ -134,8 +140,8 @@ class Sampler:
     def update(self, weights: WeightStream, version: int) -> None:
         """Give the engines the policy's weights, which have had ``version`` updates."""
         push(weights, self.engine, verify=self.cfg.weight_sync.verify)
-        if self.talks:
-            self.talks.version = version
+        for talks in self.talks:
+            talks.version = version
 
     def make_room(self) -> None:
         """Let the engine sleep, until the next `update`."""
@@ -144,8 +150,10 @@ class Sampler:
     def close(self) -> None:
         if self.rewards:
             self.rewards.close()
-        if self.talks:
-            self.talks.close()
+        for talks in self.talks:
+            talks.close()
+        if self.scorer:
+            self.scorer.close()
         self.engine.close()
 
     @property
@@ -160,7 +168,7 @@ class Sampler:
             with self.phases("generate"):  # rewards too, meanwhile
                 mine = deque((i, prompts[i]) for i in share)
                 own = seed_of(*seed, "talks", self._seeded_by)
-                scored = Batch(self.talks).run(mine, sampling, own, want=len(mine)) if mine else []
+                scored = Batch(self.talks[0]).run(mine, sampling, own, want=len(mine)) if mine else []
                 return tabulate(scored, self.mesh, sampling.max_tokens, self.flops)
         with self.phases("generate"):
             tokens = [prompts[i].tokens for i in share]

@@ -121,7 +121,7 @@ def in_flight(
     for mode in ("recompute", "keep_kv", "wait"):
         sender = Sender(lambda: [url], metadata, 1 << 15, mesh.device, token=token, on_update=mode)  # type: ignore[arg-type]
         engines = RemoteEngines(mesh, partial(_same, sender))
-        client = loop.call(partial(Client, token=token, timeout_s=60, salted=mode == "keep_kv"))
+        client = loop.call(partial(Client, token=token, salted=mode == "keep_kv"))
 
         def give(weights: dict[str, torch.Tensor], version: int, engines=engines, client=client) -> None:
             loop.call(client.hold)
@@ -168,7 +168,7 @@ def one_stands_still(
     engines.wake_weights()
     engines.load_weights(policy.items())
     engines.wake_kv_cache()
-    client = loop.call(partial(Client, token=token, timeout_s=60))
+    client = loop.call(partial(Client, token=token))
     loop.call(client.use, engines.urls, 0)
     room = asyncio.Semaphore(at_a_time)
     done: list[Completion] = []

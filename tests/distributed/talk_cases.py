@@ -7,6 +7,7 @@ import contextlib
 import os
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,18 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from megarl.config import RewardConfig, RewardFunction, RolloutConfig
-from megarl.data.prompts import Prompt
+from megarl.config import RewardConfig, RewardFunction, RolloutConfig, load
+from megarl.data.prompts import Prompt, PromptStream
 from megarl.data.records import Sample
 from megarl.environments.dialogue import Dialogue
 from megarl.environments.episode import EpisodeLimits
 from megarl.environments.making import make
+from megarl.observe.timers import Phases
+from megarl.parallel.mesh import build_mesh
 from megarl.rewards.runner import RewardResult
 from megarl.rollout.conversation import AsyncEngine, Conversation, Sampling, Transcript, single_turn
 from megarl.rollout.local import HEARTBEAT_S, Batch, Scored, Talks
+from megarl.rollout.sampler import Sampler
 from megarl.rollout.scoring import Scorer
 from megarl.rollout.vllm_engine import VLLMEngine
 
@@ -59,6 +63,20 @@ async def raises(engine: AsyncEngine, prompt: Prompt) -> Sample:
     if prompt.id == "p1":
         raise KeyError("no such tool")
     return await single_turn(engine, prompt)
+
+
+def hesitant(dialogue: Dialogue, **of_the_recipe: Any) -> Conversation:
+    """An environment whose tool takes 1 s. Training needs it from the third prompt on, the held-out one four times."""
+
+    async def conversation(engine: AsyncEngine, prompt: Prompt) -> Sample:
+        transcript = Transcript(prompt)
+        for _ in range({"p0": 0, "p1": 0, "p2": 1, "held out": 4}.get(prompt.id, 2)):
+            transcript.wrote(await engine.generate(transcript.tokens, 1))
+            await asyncio.sleep(1.0)
+        transcript.wrote(await engine.generate(transcript.tokens, 1))
+        return transcript.sample()
+
+    return conversation
 
 
 def plain(scored: Scored) -> list[dict[str, Any]]:
@@ -125,5 +143,24 @@ def conversations(model: str, other: str) -> dict[str, Any]:
     kept.discard()
     engine.generate([[5, 6]], Sampling(max_tokens=2), seed=0)  # nothing is left in the scheduler that would disturb it
     talks.close()
+    if scorer:
+        scorer.close()
     engine.close()
     return out if rank == 0 else {}
+
+
+def clocks(recipe: str, overrides: list[str]) -> tuple[list[list[tuple[int, str | None]]], list[str]]:
+    """Two steps and a validation in between: the prompts of each step's samples and how they ended; what went wrong in
+    the validation."""
+    cfg = load([recipe, *overrides])
+    tokenizer = AutoTokenizer.from_pretrained(cfg.model.path)
+    prompts = [Prompt(f"p{i}", tokenizer.encode(text), text, "0", {}) for i, text in enumerate(["1+1=", "2+2="] * 3)]
+    stream = PromptStream(prompts, seed=0, shuffle=False)
+    sampler = Sampler(cfg, build_mesh(cfg), tokenizer, Phases(), prompts)
+    sampler.engine.wake()
+    steps = [sampler.rollout(stream.next, 1)]
+    sampler.engine.wake()
+    _, errors = sampler.validate([replace(prompts[0], id="held out")])
+    steps.append(sampler.rollout(stream.next, 2))
+    sampler.close()
+    return [[(row.prompt, row.finish_reason) for row in step.rows] for step in steps], errors

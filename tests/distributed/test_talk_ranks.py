@@ -177,3 +177,19 @@ def test_rejected_groups_are_replaced_at_once(ranks, tiny_chat_model, sums):
     for record in records[-2:]:
         assert record["frac_reward_zero_std"] == 0
         assert record["reward/errors"] == 0
+
+
+@pytest.mark.slow
+def test_the_clocks_of_a_surplus_stand_still_during_a_validation(ranks, tiny_chat_model, sums):
+    """Step 1 ends without the third of its groups, whose tool takes 1 s of the 3 s that a turn may take; a validation
+    of 4 s follows; then the group ends as if there had been none."""
+    settings = [f"model.path={tiny_chat_model}", f"data.path={sums}", "rollout.kv_cache_gb=0.02", "reward.workers=1"]
+    settings += ["rollout.num_prompts_per_step=2", "rollout.num_generations_per_prompt=2", "rollout.oversample=0.5"]
+    settings += ["loss.truncated_importance_sampling_type=tis", "train.train_global_batch_size=4"]
+    settings += ["rollout.environment=tests.distributed.talk_cases:hesitant"]
+    settings += ["rollout.turn_timeout_s=3", "reward.functions=[{name: exact}]"]
+    [(steps, errors)] = ranks.run(talk_cases.clocks, 1, recipe=str(RECIPE), overrides=[*settings, *ONE_RANK])
+    assert errors == []
+    assert [prompt for prompt, _ in steps[0]] == [0, 0, 1, 1]
+    assert 2 in [prompt for prompt, _ in steps[1]]
+    assert "timeout" not in [reason for step in steps for _, reason in step]

@@ -78,7 +78,7 @@ def stub(pipe: Connection, times: list[float], tokens: int) -> None:
 def drive(url: str, rollouts: int, concurrent: int, tokens: int) -> tuple[float, float]:
     """(seconds, CPU seconds of this process)."""
     loop = Loop("bench")
-    client = loop.call(lambda: Client(token=None, timeout_s=60))
+    client = loop.call(lambda: Client(token=None))
     loop.call(client.use, [url], 0)
     room = asyncio.Semaphore(concurrent)
     engine = Bound(client, Sampling(n=1, max_tokens=tokens))
