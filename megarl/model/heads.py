@@ -47,11 +47,12 @@ class _TokenLogProbs(torch.autograd.Function):
         logps = hidden.new_empty(n, dtype=torch.float32)
         entropy = torch.empty_like(logps)
         log_z = torch.empty_like(logps)
+        tile = _Tile(min(n, chunk), min(shard.size, VOCABULARY_BLOCK), hidden.device)
         for rows in _slices(n, chunk):
-            blocks = [
-                _Statistics.of(_logits(hidden[rows], weight[ids], temperature), targets[rows], shard.start + ids.start)
-                for ids in _slices(shard.size, VOCABULARY_BLOCK)
-            ]
+            blocks = []
+            for ids in _slices(shard.size, VOCABULARY_BLOCK):
+                logits, spare = tile.logits(hidden[rows], weight[ids], temperature)
+                blocks.append(_Statistics.of(logits, spare, targets[rows], shard.start + ids.start))
             log_z[rows], logps[rows], entropy[rows] = _whole(blocks, log_z[rows], shard.group)
         ctx.save_for_backward(hidden, weight, targets, log_z, entropy)
         ctx.shard, ctx.temperature, ctx.chunk = shard, temperature, chunk
@@ -63,22 +64,23 @@ class _TokenLogProbs(torch.autograd.Function):
         hidden, weight, targets, log_z, entropy = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        tiles = product(_slices(len(hidden), ctx.chunk), _slices(ctx.shard.size, VOCABULARY_BLOCK))
-        for rows, ids in tiles:
-            log_p = _logits(hidden[rows], weight[ids], ctx.temperature).sub_(log_z[rows, None])
+        n, shard = len(hidden), ctx.shard
+        tile = _Tile(min(n, ctx.chunk), min(shard.size, VOCABULARY_BLOCK), hidden.device)
+        for rows, ids in product(_slices(n, ctx.chunk), _slices(shard.size, VOCABULARY_BLOCK)):
+            logits, spare = tile.logits(hidden[rows], weight[ids], ctx.temperature)
             grad = _logits_gradient(
-                log_p,
+                logits.sub_(log_z[rows, None]),
+                spare,
                 entropy[rows],
                 None if grad_logps is None else grad_logps[rows],
                 None if grad_entropy is None else grad_entropy[rows],
             )
             if grad_logps is not None:
-                here, index = _targets_in(targets[rows], ctx.shard.start + ids.start, grad.shape[1])
+                here, index = _targets_in(targets[rows], shard.start + ids.start, grad.shape[1])
                 grad[here, index] += grad_logps[rows][here]
             grad = grad.div_(ctx.temperature).to(hidden.dtype)
             _add_product(grad_hidden[rows], grad, weight[ids])
             _add_product(grad_weight[ids], grad.t(), hidden[rows])
-            del log_p, grad  # before the next tile's exist
         return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), None, None, None, None
 
 
@@ -104,12 +106,27 @@ def _slices(n: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, n)) for start in range(0, n, size)]
 
 
-def _logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """In fp32, to be written over."""
-    return (hidden @ weight.t()).float().div_(temperature)
+class _Tile:
+    """The memory of all tiles, one after the other: small tensors that live on between large ones that do not would
+    leave a CPU's allocator with holes, each a little too small for the next."""
+
+    def __init__(self, rows: int, columns: int, device: torch.device) -> None:
+        self._logits, self._spare = torch.empty(2, rows * columns, device=device)
+
+    def logits(self, hidden: Tensor, weight: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """In fp32, to be written over; and as much to compute with. Both are what they were only until the next."""
+        shape = len(hidden), len(weight)
+        logits, spare = (memory[: shape[0] * shape[1]].view(shape) for memory in (self._logits, self._spare))
+        if hidden.dtype == logits.dtype:
+            torch.mm(hidden, weight.t(), out=logits)
+        else:
+            logits.copy_(hidden @ weight.t())
+        return logits.div_(temperature), spare
 
 
-def _logits_gradient(log_p: Tensor, entropy: Tensor, grad_logps: Tensor | None, grad_entropy: Tensor | None) -> Tensor:
+def _logits_gradient(
+    log_p: Tensor, spare: Tensor, entropy: Tensor, grad_logps: Tensor | None, grad_entropy: Tensor | None
+) -> Tensor:
     """What the loss changes by with each logit, [N, size], but for the targets' own share; written over ``log_p``.
 
     d logp[target] / d logits = onehot - p, and d H / d logits = -p (log p + H).
@@ -117,7 +134,7 @@ def _logits_gradient(log_p: Tensor, entropy: Tensor, grad_logps: Tensor | None, 
     if grad_entropy is None:
         assert grad_logps is not None  # else there is no backward
         return log_p.exp_().mul_(-grad_logps[:, None])
-    p = log_p.exp()
+    p = torch.exp(log_p, out=spare)
     out = log_p.add_(entropy[:, None]).mul_(-grad_entropy[:, None])
     if grad_logps is not None:
         out.sub_(grad_logps[:, None])
@@ -148,14 +165,14 @@ class _Statistics:
     target: Tensor  # z[target] where that is in the block, else 0
 
     @classmethod
-    def of(cls, logits: Tensor, targets: Tensor, start: int) -> _Statistics:
-        """Of the block that begins with id ``start``; ``logits`` [N, its size] are written over."""
+    def of(cls, logits: Tensor, spare: Tensor, targets: Tensor, start: int) -> _Statistics:
+        """Of the block that begins with id ``start``; ``logits`` and ``spare`` [N, its size] are written over."""
         highest = logits.amax(dim=-1)
         here, index = _targets_in(targets, start, logits.shape[1])
         target = torch.zeros_like(highest)
         target[here] = logits[here, index]
         shifted = logits.sub_(highest[:, None])
-        exp = shifted.exp()
+        exp = torch.exp(shifted, out=spare)
         return cls(highest, exp.sum(-1), shifted.mul_(exp).sum(-1), target)
 
 
