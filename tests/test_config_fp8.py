@@ -108,6 +108,10 @@ def test_dimensions_of_experts_and_latent_attention(recipe: Callable[..., Path])
             "a reference model",
         ),
         ({"fp8_cfg.enabled": "false", "fp8_cfg.metrics": "true"}, "would do nothing: fp8_cfg.enabled = false"),
+        (
+            {"fp8_cfg.num_layers_at_end_in_bf16": 2},
+            "at_end_in_bf16 = 2 would do nothing: it is read with fp8_cfg.first_last_layers_bf16 = true; here",
+        ),
         ({"model.model_overrides.fp8_recipe": "mxfp8"}, "cannot be overridden: set fp8_cfg.fp8_recipe"),
     ],
 )
@@ -121,6 +125,9 @@ def test_an_fp8_rollout_needs_a_correction(recipe: Callable[..., Path]) -> None:
     quantised = "rollout.quantization=fp8_per_tensor"
     [found] = problems(recipe(), quantised, check_model=False)
     assert "set loss.truncated_importance_sampling_type=tis" in found
+    distilled = ["algorithm=distillation", "teacher.path=teacher", "train.train_global_batch_size=null"]
+    found = problems(recipe(), quantised, *distilled, check_model=False)
+    assert any("set loss.truncated_importance_sampling_type=tis" in text for text in found), found
     load([str(recipe()), quantised, "loss.truncated_importance_sampling_type=tis"], check_model=False)
     load([str(recipe()), quantised, "loss.use_rollout_logps=true"], check_model=False)
 

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from megarl.config import load
+from megarl.config.machine import check_model
 from megarl.config.sizes import longest_in_microbatch
 from tests.test_config import no_launcher, overrides, problems, recipe
 
@@ -19,7 +20,7 @@ PRECISION = {
     "checkpoint.resume_mode": "disable",
 }
 CP, DYNAMIC_CP = "parallel.context_parallel_size", "parallel.dynamic_context_parallel"
-GPUS = "cluster.gpus_per_node"
+TP, GPUS = "parallel.tensor_model_parallel_size", "cluster.gpus_per_node"
 
 
 @pytest.mark.parametrize(
@@ -155,3 +156,17 @@ def test_lengths_that_a_context_parallel_group_holds(
         return
     [found] = problems(*argv, check_model=False)
     assert said in found
+
+
+@pytest.mark.parametrize(
+    ("tp", "cp", "said"), [(1, 2, ""), (2, 2, "1 key/value heads of a tensor-parallel rank, and 1 % 2 = 1")]
+)
+def test_windows_over_context_parallel_ranks_of_gpus(recipe: Callable[..., Path], tp: int, cp: int, said: str) -> None:
+    """Two key/value heads: ranks that exchange heads need one each."""
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 16}
+    path = recipe(architectures=["MistralForCausalLM"], model_type="mistral", **sizes)
+    layout = {TP: tp, CP: cp, GPUS: tp * cp}
+    for device in ("cpu", "cuda"):
+        cfg = load([str(path), *overrides(layout | {"cluster.device": device})], check_model=False)
+        found = [problem.text for problem in check_model(cfg) if "sliding windows" in problem.text]
+        assert len(found) == (device == "cuda" and bool(said)) and all(said in text for text in found)

@@ -54,6 +54,7 @@ def test_a_good_recipe_gives_0(verify):
     code, said = verify(QWEN2_05B, "context_parallel_size: 2", "--max-ranks=2", "--no-vllm", algorithm="ppo")
     assert code == 0, said
     assert "as CP2 on 2 ranks on cpu, ppo" in said
+    assert "left out: model.dtype bf16" in said and "left out: fp8_cfg" not in said
     for row in ("logits: megatron and transformers", "policy: gradients of", "critic: values", "critic: gradients of"):
         assert row in said
 
@@ -101,6 +102,14 @@ def test_the_model_is_compared_with_transformers_and_vllm(verify, hf):
         [line] = [line for line in said.splitlines() if row in line]
         assert "not compared" not in line
         assert 0 < float(line.split("│")[2]) < 1e-4
+
+
+def test_what_of_a_recipe_is_not_compared(tmp_path):
+    cfg = load([str(ROOT / "examples" / "deepseek_v3_grpo_fp8.yaml")], check_model=False)
+    small = shrink.small_recipe(cfg, small_layout(cfg, 16), tmp_path, "cpu")
+    said = [line.partition(":")[0] for line in shrink.left_out(cfg, small)]
+    assert said[:2] == ["model.dtype bf16", "fp8_cfg"] and "optimizer.use_distributed_optimizer" in said
+    assert shrink.left_out(small, small) == []
 
 
 @pytest.mark.slow

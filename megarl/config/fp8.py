@@ -133,7 +133,7 @@ def _no_correction(cfg: "Config") -> bool:
     """Whether nothing weighs samples by policy / rollout probability, in a loop whose loss could."""
     loss = cfg.loss
     corrects = loss.truncated_importance_sampling_type != "none" or loss.use_rollout_logps
-    return cfg.algorithm in ("grpo", "ppo", "remax", "prime") and not corrects
+    return cfg.algorithm in ("grpo", "ppo", "remax", "prime", "distillation") and not corrects
 
 
 def check_fp8_machine(cfg: "Config", machine: Machine) -> Problems:

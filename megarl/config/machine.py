@@ -14,6 +14,7 @@ from megarl.config.fp8 import check_fp8_machine, check_fp8_model, this_machine
 from megarl.config.memory import ENGINE_ONLY, check_recompute
 from megarl.config.remote import engines_beside
 from megarl.config.sizes import (
+    CP,
     DISPATCHER,
     EP,
     ETP,
@@ -96,6 +97,7 @@ def check_model(cfg: "Config") -> Problems:
         what = "experts" if spec.moe else "latent attention"
         text = f"{TP} = {tp} of a model with {what}: megatron-core trains it with parallel.sequence_parallel only"
         yield Problem(text, ("model.path", "parallel.sequence_parallel", TP))
+    yield from _model_context(cfg, spec)
     yield from _model_layers(cfg, spec)
     yield from _recomputed_units(cfg, spec)
     yield from check_recompute(cfg, spec)
@@ -157,6 +159,18 @@ def _model_experts(cfg: "Config", spec: "ModelSpec") -> Problems:
     if spec.linear_bias and etp > 1:
         text = f"the model's experts have biases, which megatron-core does not divide: {ETP} is {etp}, set it to 1"
         yield Problem(text, ("model.path", ETP, TP))
+
+
+def _model_context(cfg: "Config", spec: "ModelSpec") -> Problems:
+    """Where Transformer Engine's attention lets context-parallel ranks exchange heads, each takes as many."""
+    cp, tp = cfg.parallel.context_parallel_size, cfg.parallel.tensor_model_parallel_size
+    heads = max(spec.num_query_groups // max(tp, 1), 1)
+    if not (spec.sliding_window or spec.attention_sinks) or not remainder(heads, cp):
+        return
+    if cfg.cluster.device != "cuda" and count_gpus(cfg.cluster.device) == 0:  # our own attention gathers all keys
+        return
+    text = f"a model with sliding windows or sinks: on GPUs {CP} = {cp} ranks share the {heads} key/value heads of a"
+    yield Problem(f"{text} tensor-parallel rank, and {heads} % {cp} = {heads % cp}", ("model.path", CP, TP))
 
 
 def _model_layers(cfg: "Config", spec: "ModelSpec") -> Problems:

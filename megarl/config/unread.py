@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from megarl.config import Config
 
 # A field that decides whether others are read: the values with which they are.
-Alternative = Mapping[str, tuple[str, ...]]
+Alternative = Mapping[str, tuple[str | bool, ...]]
 
 
 def _algorithm(*names: str) -> tuple[Alternative, ...]:
@@ -86,6 +86,8 @@ READ_WITH: dict[str, tuple[Alternative, ...]] = {
     "loss.entropy_coef": _algorithm(*_POLICY),
     "loss.use_rollout_logps": _algorithm(*_POLICY),
     "loss.truncated_importance_sampling_type": _algorithm(*_POLICY),
+    "fp8_cfg.num_layers_at_start_in_bf16": ({"fp8_cfg.first_last_layers_bf16": (True,)},),
+    "fp8_cfg.num_layers_at_end_in_bf16": ({"fp8_cfg.first_last_layers_bf16": (True,)},),
     "critic.path": _algorithm("ppo"),
     "critic.optimizer": _algorithm("ppo"),
     "critic.critic_warmup_steps": _algorithm("ppo"),
@@ -123,7 +125,7 @@ def check_unread(cfg: "Config") -> Problems:
         deciding = dict.fromkeys(name for alternative in alternatives for name in alternative)
         shown = "" if hasattr(value, "__dataclass_fields__") else f" = {_word(value)}"
         words = "; or with ".join(map(_words, alternatives))
-        now = ", ".join(f"{name} = {_value(cfg, name)}" for name in deciding)
+        now = ", ".join(f"{name} = {_word(_value(cfg, name))}" for name in deciding)
         yield Problem(f"{path}{shown} would do nothing: it is read with {words}; here {now}", (path, *deciding))
 
 
@@ -132,7 +134,7 @@ def _holds(cfg: "Config", alternative: Alternative) -> bool:
 
 
 def _words(alternative: Alternative) -> str:
-    return " and ".join(f"{name} = {' or '.join(values)}" for name, values in alternative.items())
+    return " and ".join(f"{name} = {' or '.join(map(str, map(_word, values)))}" for name, values in alternative.items())
 
 
 def _word(value: Any) -> Any:

@@ -174,6 +174,8 @@ def transformer_config(cfg: Config, spec: ModelSpec, mesh: Mesh) -> TransformerC
         "tensor_model_parallel_size": mesh.tp_size,
         "pipeline_model_parallel_size": mesh.pp_size,
         "context_parallel_size": mesh.cp_size,
+        # Transformer Engine passes keys around a ring, but not for windows and sinks: there ranks exchange heads.
+        "cp_comm_type": "a2a" if spec.sliding_window or spec.attention_sinks else "p2p",
         "expert_model_parallel_size": mesh.ep_size,
         "expert_tensor_parallel_size": mesh.etp_size,
         "sequence_parallel": cfg.parallel.sequence_parallel,

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from megarl.config import Config, ConfigError, load, save
 from megarl.config.machine import count_gpus
-from megarl.verify.shrink import as_truth, one_rank, small_layout, small_recipe, write_models
+from megarl.verify.shrink import as_truth, left_out, one_rank, small_layout, small_recipe, write_models
 
 if TYPE_CHECKING:
     from megarl.verify.measure import Difference
@@ -52,12 +52,14 @@ def verify(recipe: list[str], *, max_ranks: int, tolerance: float, vllm: bool) -
         write_recipes(cfg, max_ranks, folder, device)
         try:
             for which in (_ONE, _ALL):
-                load([str(folder / f"{which}.yaml")])
+                small = load([str(folder / f"{which}.yaml")])
         except ConfigError as error:
             print(f"megarl verify: made small, the recipe does not hold: {error}", file=sys.stderr)
             return 2
         where = f"{layout.world_size} ranks on {device}"
         console.print(f"{hf['architectures'][0]}, made small, as {layout.describe()} on {where}, {cfg.algorithm}:")
+        for line in left_out(cfg, small):
+            console.print(f"  left out: {line}", highlight=False)
         references = run_ranks(1, folder, _ONE, tolerance, vllm=vllm)
         differences = run_ranks(layout.world_size, folder, _ALL, tolerance, vllm=False)
     return report(console, references, differences)

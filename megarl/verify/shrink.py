@@ -181,6 +181,23 @@ def small_recipe(cfg: Config, layout: SmallLayout, folder: Path, device: str) ->
     )
 
 
+def left_out(cfg: Config, small: Config) -> list[str]:
+    """What of the recipe is not compared."""
+    modules = [name for name in cfg.model.recompute_modules if name not in small.model.recompute_modules]
+    parts = {
+        "model.dtype bf16: layers are megatron's local ones in fp32, not Transformer Engine's": cfg.model.dtype
+        == "bf16",
+        "fp8_cfg": cfg.fp8_cfg.enabled,
+        f"model.recompute_modules {', '.join(modules)}, which need Transformer Engine": bool(modules),
+        "model.moe_aux_loss_coeff: it depends on which samples share a microbatch": cfg.model.moe_aux_loss_coeff > 0,
+        "optimizer.use_distributed_optimizer: gradients stay whole": cfg.optimizer.use_distributed_optimizer,
+        "rollout.router_replay: experts are the router's own choice": cfg.rollout.router_replay,
+        "critic.own_layout: its critic lies as its policy does": cfg.critic.own_layout,
+        "offload: everything stays where it is": cfg.offload != small.offload,
+    }
+    return [line for line, is_so in parts.items() if is_so]
+
+
 def small_recomputation(model: ModelConfig, *, transformer_engine: bool) -> ModelConfig:
     """Activations computed again as in the recipe, but a layer at a time, of which there are few, and without what only
     Transformer Engine's layers can, where there are none."""

@@ -135,16 +135,28 @@ def _fill(tensor: CanonTensor, parameter: torch.Tensor, mesh: Mesh, source: Sour
     except ValueError as reason:
         raise CheckpointError(str(reason)) from reason
     columns = columns_of(tensor, cuts, cut)
+    # A slice of an FP8 parameter is a copy of it, or shares one scale with all others: it is filled as a whole.
+    exact = _before_rounding(parameter)
+    whole = parameter if exact is None else exact
     local = read = filled = 0
     for start, stop in rows_of(tensor, cuts, cut):
         for first, block in source.blocks(tensor, start, stop, columns):
             at = local + first - start
-            parameter[at : at + len(block)].copy_(block)
+            whole[at : at + len(block)].copy_(block)
             filled += len(block)
             read += block.numel() * block.element_size()
         local += stop - start
     wanted = sum(min(stop, tensor.shape[0]) - min(start, tensor.shape[0]) for start, stop in rows_of(tensor, cuts, cut))
     if filled != wanted:
         raise CheckpointError(f"{source}: {filled} of {wanted} rows of {tensor.name} are there for rank {mesh.rank}")
-    parameter[filled:].zero_()  # vocabulary padding, always last
+    whole[filled:].zero_()  # vocabulary padding, always last
+    if exact is not None:
+        parameter.copy_(exact)
     return read
+
+
+def _before_rounding(parameter: torch.Tensor) -> torch.Tensor | None:
+    """What a parameter that Transformer Engine keeps in FP8 was rounded from, of which the optimizer makes its fp32
+    weights; None of any other parameter."""
+    kept = getattr(parameter, "get_high_precision_init_val", None)
+    return None if kept is None else kept()

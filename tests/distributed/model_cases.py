@@ -40,6 +40,42 @@ def streamed(
     return {name: tensor.numpy() for name, tensor in stream}
 
 
+class Rounded(torch.nn.Parameter):
+    """Like Transformer Engine's FP8 parameters: a slice is a copy, and what it was rounded from is kept."""
+
+    exact: torch.Tensor
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.data.clone()[index]
+
+    def get_high_precision_init_val(self) -> torch.Tensor:
+        return self.exact
+
+
+def fills_rounded(recipe: str, model: str, overrides: list[str]) -> dict[str, list[bool]]:
+    """For parameters that are put together of several tensors, whether they and what is kept are as without it."""
+    from megarl.model.build import build_model
+    from megarl.weights.load import load_hf
+
+    cfg = load([recipe, f"model.path={model}", *overrides])
+    mesh, spec = build_mesh(cfg), read_spec(model)
+    with mesh.platform():
+        built = build_model(cfg, spec, mesh, temperature=1.0)
+    load_hf(built, spec, mesh, model)
+    layer = built.decoder.layers[0]
+    linears = {"qkv": layer.self_attention.linear_qkv, "gate and up": layer.mlp.linear_fc1}
+    plain = {name: linear.weight for name, linear in linears.items()}
+    for name, linear in linears.items():
+        linear.weight = Rounded(torch.full_like(plain[name], torch.nan))
+        linear.weight.exact = torch.full_like(plain[name], torch.nan)
+        vars(linear.weight).update(vars(plain[name]))
+    load_hf(built, spec, mesh, model)
+    return {
+        name: [torch.equal(x, plain[name]) for x in (linear.weight.data, linear.weight.exact)]
+        for name, linear in linears.items()
+    }
+
+
 def stray(recipe: str, model: str, overrides: list[str]) -> str:
     """What loading says of a model with a parameter and a buffer that no rule fills."""
     from megarl.model.build import build_model

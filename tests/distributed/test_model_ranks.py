@@ -171,6 +171,13 @@ def test_nothing_is_left_at_random_initialisation(ranks, tiny_hf, recipe):
     ]
 
 
+def test_parameters_that_are_kept_rounded_are_filled_whole(ranks, tiny_hf, recipe):
+    """Their blocks come from several tensors; what they were rounded from makes the optimizer's weights."""
+    arguments = {"recipe": recipe, "model": str(tiny_hf("llama")), "overrides": layout("1 rank")[1]}
+    (found,) = ranks.run(model_cases.fills_rounded, 1, **arguments)
+    assert found == {"qkv": [True, True], "gate and up": [True, True]}
+
+
 @pytest.mark.parametrize("family", by_default("llama", "qwen2", of=FAMILIES))
 def test_weights_come_back_bit_for_bit(ranks, tiny_hf, recipe, tmp_path, family):
     from safetensors.torch import load_file
