@@ -29,7 +29,9 @@ class Backlog(ThreadingHTTPServer):
 
 
 class StandIn:
-    """A stand-in. ``breaks``: {call: how often it fails with 500}; ``dies_at``: the bucket at which it is gone."""
+    """A stand-in. ``breaks``: {call: how often it fails with 500}; ``dies_at``: the bucket at which it is gone;
+    ``freezes_at``: the bucket, or the call, from which on it neither answers nor hangs up until `thaw` (at a call it
+    still says that it is well)."""
 
     def __init__(
         self,
@@ -37,7 +39,10 @@ class StandIn:
         dies_at: int | None = None,
         flips: bool = False,
         token: str = "secret",
+        freezes_at: str | None = None,
     ) -> None:
+        self.freezes_at, self.awake = freezes_at, threading.Event()
+        self.awake.set()
         self.breaks, self.dies_at, self.flips = dict(breaks or {}), dies_at, flips
         self.calls: list[str] = []
         self.weights: dict[str, torch.Tensor] = {}
@@ -57,6 +62,10 @@ class StandIn:
                 body = json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "{}")
                 path = self.path.partition("?")[0].rpartition("/")[2]
                 stand_in.calls.append(path)
+                if path == stand_in.freezes_at:
+                    stand_in.awake.clear()
+                if path != "health" or stand_in.freezes_at == "all":
+                    stand_in.awake.wait()
                 try:
                     assert self.headers["Authorization"] == f"Bearer {token}"
                     if stand_in.breaks.get(path, 0) > 0:
@@ -88,6 +97,11 @@ class StandIn:
         self.http.server_close()
         for group in self.groups:
             group.close()
+
+    def thaw(self) -> None:
+        """As after a restart: what it was in the middle of is forgotten."""
+        self.freezes_at, self.active, self.groups = None, False, []
+        self.awake.set()
 
     def health(self) -> None:
         pass
@@ -125,6 +139,11 @@ class StandIn:
                 for bucket in wire.buckets_of(share, update_info["bucket_bytes"])
             )
             for number, (group, bucket) in enumerate(buckets):
+                if str(number) == self.freezes_at:
+                    self.freezes_at = "all"
+                    self.awake.clear()
+                    self.awake.wait()
+                    raise ConnectionAbortedError
                 if number == self.dies_at:
                     self.die()
                     raise ConnectionAbortedError

@@ -97,7 +97,23 @@ def test_fractions_are_exact() -> None:
 
 
 @pytest.mark.parametrize(
-    "expression", ["", "1 +", "(1", "1)", "1 2", "+1", "1 + * 2", "a", "1 / 0", "1/(2-2)", "()", "1" * 500]
+    "expression",
+    [
+        "",
+        "1 +",
+        "(1",
+        "1)",
+        "1 2",
+        "+1",
+        "1 + * 2",
+        "a",
+        "1 / 0",
+        "1/(2-2)",
+        "()",
+        "1" * 500,
+        "(" * 399,
+        "(" * 101 + "1" + ")" * 101,
+    ],
 )
 def test_what_is_not_arithmetic(expression: str) -> None:
     with pytest.raises(NotArithmeticError):

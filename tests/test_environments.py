@@ -105,6 +105,25 @@ def test_a_tool_call_and_an_answer_by_hand() -> None:
     assert (sample.finish_reason, sample.prompt_length) == ("stop", len(prompt().tokens))
 
 
+@pytest.mark.parametrize(
+    ("expression", "result"),
+    [
+        ("1/3", "0.3333333333"),
+        ("-1/8*(-1)", None),
+        ("1/8", "0.125"),
+        ("12345678901/2", "6172839450"),
+        ("9" * 350 + "/7", "1.428571429e+349"),
+        ("(" * 399, None),
+    ],
+)
+def test_what_a_calculator_says(expression: str, result: str | None) -> None:
+    """Ten significant digits, of numbers that no float holds too; what is not arithmetic is told, however odd it is."""
+    engine = Scripted(f"<calculator>{expression}</calculator>", "well")
+    sample = talk("calculator", engine)
+    assert sample.measures["tool_failures"] == (result is None)
+    assert f"<result>{result or 'error: '}" in engine.read[1]
+
+
 def test_failures_are_told_and_counted() -> None:
     engine = Scripted("<calculator>1/0</calculator>", "<calculator>2 ** 3</calculator>", "never mind")
     sample = talk("calculator", engine)

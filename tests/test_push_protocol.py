@@ -6,6 +6,7 @@ Real servers are in tests/test_remote.py and tests/distributed/test_remote_failu
 from __future__ import annotations
 
 import threading
+import time
 import types
 from collections.abc import Iterator
 
@@ -14,7 +15,8 @@ import torch
 import torch.distributed as dist
 
 from megarl.rollout import remote as module
-from megarl.rollout.remote import RemoteEngines, RemoteError, Sender
+from megarl.rollout.answers import RemoteError
+from megarl.rollout.remote import RemoteEngines, Sender
 from tests.standin import CPU, StandIn
 
 WEIGHTS = {f"layer.{i}.weight": torch.arange(64.0) + i for i in range(6)}  # 256 bytes each
@@ -114,6 +116,37 @@ def test_buckets_that_differ_are_found_when_that_is_asked_for():
     engines = engines_of([fine.url], verify=True)
     push(engines, 1)
     assert fine.good
+    engines.close()
+
+
+@pytest.mark.parametrize(("freezes_at", "on_update"), [("0", "recompute"), ("2", "recompute"), ("pause", "keep_kv")])
+def test_one_that_stands_still_in_a_push_is_left_out_of_it(monkeypatch, freezes_at, on_update):
+    """At a bucket, or at a call though it says that it is well: as a machine that is gone, which closes no connection.
+    The next pushes ask it again, and wait for it less."""
+    monkeypatch.setattr(module, "_PROBE_S", 1.0)
+    monkeypatch.setattr(module, "_SECOND_PROBE_S", 0.1)
+    monkeypatch.setattr(module, "_EXCHANGE_S", 1.0)
+    still, other = Server(freezes_at=freezes_at), Server()
+    engines = engines_of([still.url, other.url], on_update=on_update, timeout_s=600, wait_s=60)
+    started = time.monotonic()
+    push(engines, 1)
+    assert time.monotonic() - started < 20
+    assert engines.urls == [other.url] and other.good and other.version == "1" and not other.paused
+    push(engines, 2)
+    assert engines.urls == [other.url] and other.version == "2"
+    still.thaw()
+    push(engines, 3)
+    assert sorted(engines.urls) == sorted([still.url, other.url]) and still.good and still.version == "3"
+    engines.close()
+
+
+def test_without_a_server_that_resumes_the_next_push_finds_some():
+    server = Server(breaks={"resume": 1})
+    engines = engines_of([server.url])
+    push(engines, 1)
+    assert engines.urls == [] and server.paused
+    push(engines, 1)
+    assert engines.urls == [server.url] and server.good and not server.paused
     engines.close()
 
 

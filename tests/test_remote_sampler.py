@@ -136,19 +136,28 @@ def test_a_stopped_run_goes_on_with_the_prompt_after_the_last_that_it_trained_on
     check_trained(folder, 6)
 
 
-def test_a_conversation_that_raises_costs_its_group_alone(run, folder):
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("KeyError", "KeyError: 'no such tool'"),
+        ("SystemExit", "RuntimeError: SystemExit: no such tool"),
+        ("CancelledError", "RuntimeError: CancelledError, though nothing has cancelled it"),
+    ],
+)
+def test_a_conversation_that_raises_costs_its_group_alone(run, folder, fault, said):
     """As in the trainer's own process; unless the recipe says that it ends the run."""
     join(folder)
     environment = "rollout.environment=tests.fixtures.talks:raises_on_the_second"
-    run(environment, "run.max_num_steps=2")
+    settings = [environment, f"rollout.environment_args.fault={fault}"]
+    run(*settings, "run.max_num_steps=2")
     trained = [json.loads(line) for line in (folder / "rewards.jsonl").read_text().splitlines()]
     first = sorted({row["id"] for row in trained if row["step"] == 1})
     assert first == [f"train.jsonl:{k}" for k in (1, 3, 4, 5, 6, 7, 8)]
     events = (folder / "events.jsonl").read_text()
-    assert "prompt train.jsonl:2, sample 0: its conversation raised KeyError: 'no such tool'" in events
+    assert f"prompt train.jsonl:2, sample 0: its conversation raised {said}" in events
     join(folder.with_name("again"))
-    with pytest.raises(RolloutError, match=r"prompt train\.jsonl:2, sample 0: its conversation raised KeyError"):
-        run(environment, "reward.on_error=abort", "run.name=again")
+    with pytest.raises(RolloutError, match=rf"prompt train\.jsonl:2, sample 0: its conversation raised {said}"):
+        run(*settings, "reward.on_error=abort", "run.name=again")
 
 
 def test_a_reward_that_raises_ends_the_run_with_the_prompts_id(run, folder):

@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from megarl.config import Config
 
 # Algorithms whose loss takes samples to be the policy's, or weighs them by how far they are from it.
-_WEIGHED = ("grpo", "ppo", "remax", "prime")
+_WEIGHED = ("grpo", "ppo", "remax", "prime", "distillation")
 _CORRECTION = ("loss.truncated_importance_sampling_type", "loss.use_rollout_logps")
 
 
@@ -40,6 +40,12 @@ def check_remote(cfg: "Config") -> Problems:
             "they are for, where steps take as many as they need; rollout.mode=colocated has both"
         )
         yield Problem(text, ("rollout.response_length_stages", "rollout.dynamic_sampling", mode))
+    if r.engine_timeout_s >= cfg.run.deadline_s:
+        text = (
+            f"rollout.engine_timeout_s = {r.engine_timeout_s:g} is not less than run.deadline_s = "
+            f"{cfg.run.deadline_s:g}, after which the run ends without saying that it waited for servers"
+        )
+        yield Problem(text, ("rollout.engine_timeout_s", "run.deadline_s"))
     machines = r.num_nodes or 1
     if (started := machines * r.num_engines) and r.min_engines > started:
         words = f"rollout.num_engines {r.num_engines}" + (f" x {machines} machines = {started}" if r.num_nodes else "")

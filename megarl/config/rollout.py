@@ -77,9 +77,9 @@ class RolloutConfig:
     max_turns: int = 8
     """Most turns of a conversation."""
     turn_timeout_s: float | None = None
-    """Seconds that a turn may take, generation and tools together; then the conversation ends; null is no limit."""
+    """Seconds that a turn may take, tools and waiting for servers included, before the conversation ends."""
     episode_timeout_s: float | None = None
-    """Seconds that a whole conversation may take; then it ends; null is no limit."""
+    """Seconds that a whole conversation may take before it ends; null is no limit."""
     router_replay: bool = False
     """Send the policy's tokens to the experts that vLLM sent them to, not to those of its own routers (2510.11370)."""
     mode: Literal["colocated", "remote"] = "colocated"
@@ -95,7 +95,7 @@ class RolloutConfig:
     min_engines: int = 1
     """Servers that a push of weights needs, and waits for; those that come later join at a later push."""
     engine_timeout_s: float = 600.0
-    """Seconds without so many servers after which the run ends."""
+    """Seconds that the trainer waits for so many servers before the run ends."""
     max_concurrent: int | None = None
     """Most conversations that a replica of the policy has at a time; null: all that max_staleness allows to begin."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Awaitable, Callable, Sequence
+from decimal import Context, Decimal
 from fractions import Fraction
 
 from megarl.data.prompts import Prompt
@@ -80,8 +81,13 @@ def calculator(
 
 
 def shown(value: Fraction) -> str:
-    """A number in decimals: all of them where it is whole, else ten significant ones."""
-    return str(value.numerator) if value.denominator == 1 else f"{float(value):.10g}"
+    """A number in decimals: all of them where it is whole, else ten significant ones, however large it is."""
+    if value.denominator == 1:
+        return str(value.numerator)
+    try:
+        return f"{float(value):.10g}"
+    except OverflowError:
+        return format(Context(prec=10).divide(Decimal(value.numerator), Decimal(value.denominator)), "g")
 
 
 def python(

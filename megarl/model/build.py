@@ -45,8 +45,14 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def uses_transformer_engine(cfg: Config, device: torch.device) -> bool:
     """Transformer Engine where megatron could import it and has kernels: its attention takes packed sequences in 16 bit
-    only. megarl's own attention and norms serve elsewhere."""
-    return device.type == "cuda" and cfg.model.dtype == "bf16" and HAVE_TE
+    only. megarl's own attention and norms serve elsewhere. Raises RuntimeError where FP8 would silently be bf16."""
+    uses: bool = device.type == "cuda" and cfg.model.dtype == "bf16" and HAVE_TE
+    if cfg.fp8_cfg.enabled and not uses:
+        raise RuntimeError(
+            "fp8_cfg.enabled = true, but megatron-core finds no Transformer Engine on this rank: "
+            "python -c 'import transformer_engine.pytorch' says why"
+        )
+    return uses
 
 
 class PackedModel(GPTModel):

@@ -87,11 +87,6 @@ class Engine:
         self.flops = ModelFlops.of(spec)
         self.refused: Callable[[NonFiniteError], None] = _raise  # told, on every rank, of an update that was refused
         self.transformer_engine = uses_transformer_engine(cfg, mesh.device)
-        if cfg.fp8_cfg.enabled and not self.transformer_engine:  # megatron would compute in bf16, and not say so
-            raise RuntimeError(
-                "fp8_cfg.enabled = true, but megatron-core does not find Transformer Engine on this rank: "
-                "python -c 'import transformer_engine.pytorch' says why"
-            )
         with mesh.platform():
             parts = build_chunks(cfg, spec, mesh, temperature)
             # This rank's layers: one model, or several that take turns in an interleaved pipeline.
@@ -258,7 +253,8 @@ class Engine:
         nothing = [_nothing()] * together  # a replica without samples still takes part, and counts for nothing
         if not batches:
             batches = [self._pack(nothing, loss_agg_mode)]
-        if self._together:
+        # In every microbatch replicas exchange tokens for experts, or the largest values for FP8's delayed scales.
+        if self.mesh.ep_size > 1 or (self.cfg.fp8_cfg.enabled and self.cfg.fp8_cfg.fp8_recipe == "delayed"):
             most = torch.tensor([len(batches)])
             dist.all_reduce(most, op=dist.ReduceOp.MAX, group=self.mesh.host_group)
             batches += [self._pack(nothing, loss_agg_mode) for _ in range(int(most) - len(batches))]
@@ -271,13 +267,6 @@ class Engine:
                 for batch, n in zip(batches, sizes.tolist(), strict=True)
             ]
         return batches, members + [[] for _ in range(len(batches) - len(members))]
-
-    @property
-    def _together(self) -> bool:
-        """Whether replicas exchange something in every microbatch, so that all need as many: tokens for experts, or
-        the largest values of which FP8's delayed scales are made."""
-        f = self.cfg.fp8_cfg
-        return self.mesh.ep_size > 1 or (f.enabled and f.fp8_recipe == "delayed")
 
     def _missing(self, microbatches: int) -> int:
         """An interleaved pipeline takes as many microbatches at a time as it has stages."""

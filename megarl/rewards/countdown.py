@@ -15,7 +15,8 @@ ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*)</answer>", flags=re.DOTALL)
 TOKEN = re.compile(r"\s*([0-9]+|[-+*/()])")
 DECIMAL_TOKEN = re.compile(r"\s*([0-9]*\.?[0-9]+|[-+*/()])")
 SPELLINGS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-"})
-MAX_CHARACTERS = 400  # an expression of a dozen numbers has less than 100; parentheses recurse
+MAX_CHARACTERS = 400  # an expression of a dozen numbers has less than 100
+MAX_PARENTHESES = 100  # each is three calls deep
 
 
 class NotArithmeticError(ValueError):
@@ -47,6 +48,8 @@ def evaluate(expression: str, *, decimals: bool = False) -> tuple[Fraction, list
     NotArithmeticError."""
     if len(expression) > MAX_CHARACTERS:
         raise NotArithmeticError(f"{len(expression)} characters")
+    if expression.count("(") > MAX_PARENTHESES:
+        raise NotArithmeticError(f"{expression.count('(')} parentheses")
     expression = expression.strip()
     tokens: list[str] = []
     at = 0

@@ -14,6 +14,7 @@ version that no push has brought (a server that was started anew) are not taken.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -83,7 +84,7 @@ class Client:
         self.version = 0
         self.counts = Counts()
         self._headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-        self._salted = salted
+        self._salted, self._salt = salted, ""
         self._servers: dict[str, _Server] = {}
         self._held = True
         self._usable = asyncio.Event()
@@ -100,6 +101,8 @@ class Client:
 
     def use(self, urls: Sequence[str], version: int) -> None:
         """These servers have the weights ``version``, and no others do."""
+        if version not in (self.version, self.version + 1) or not self._salt:
+            self._salt = secrets.token_hex(8)  # servers may remember another run's weights by the same number
         if self._session is None:
             timeout = aiohttp.ClientTimeout(total=None, sock_connect=_ANSWERS_WITHIN_S)
             connector = aiohttp.TCPConnector(limit=0)
@@ -253,7 +256,7 @@ class Client:
         assert self._session is not None
         body: dict[str, Any] = {"token_ids": tokens, "sampling_params": params}
         if self._salted:
-            body["cache_salt"] = f"megarl-{self.version}"
+            body["cache_salt"] = f"{self._salt}-{self.version}"
         try:
             async with self._session.post(f"{url}/inference/v1/generate", json=body) as answer:
                 if answer.status != 200:

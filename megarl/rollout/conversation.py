@@ -8,6 +8,7 @@ what the engine saw. Tokens that the policy did not write are observations: they
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -144,6 +145,20 @@ class Transcript:
         layers, topk = self._routed_experts.shape[1:]
         first = torch.arange(topk, dtype=self._routed_experts.dtype).expand(unread, layers, topk)
         return torch.cat([self._routed_experts, first])
+
+
+async def converse(conversation: Conversation, engine: AsyncEngine, prompt: Prompt) -> Sample:
+    """A conversation that raises nothing but Exceptions of its own: SystemExit would end the loop that all of them run
+    in, and a CancelledError that nobody has asked for would look like the run's."""
+    try:
+        return await conversation(engine, prompt)
+    except SystemExit as error:
+        raise RuntimeError(f"SystemExit: {error}") from error
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise
+        raise RuntimeError("CancelledError, though nothing has cancelled it") from error
 
 
 async def single_turn(engine: AsyncEngine, prompt: Prompt) -> Sample:

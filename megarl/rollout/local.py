@@ -30,7 +30,7 @@ from typing import TypeVar
 from megarl.data.prompts import Prompt
 from megarl.data.records import Sample
 from megarl.rewards.runner import RewardResult
-from megarl.rollout.conversation import AsyncEngine, Completion, Conversation, Sampling
+from megarl.rollout.conversation import AsyncEngine, Completion, Conversation, Sampling, converse
 from megarl.rollout.scoring import Scorer
 from megarl.rollout.table import Row, row_of
 from megarl.rollout.vllm_engine import RolloutError, VLLMEngine
@@ -264,7 +264,7 @@ class Batch:
         """The rows and samples of a group. An error of one of its conversations is the row's."""
         assert self._talks.scorer is not None
         engines: list[AsyncEngine] = [_Engine(self, sampling, f"{number}/{k}") for k in range(sampling.n)]
-        talks = (self._talks.conversation(engine, prompt) for engine in engines)
+        talks = (converse(self._talks.conversation, engine, prompt) for engine in engines)
         outcomes = await asyncio.gather(*talks, return_exceptions=True)
         if errors := [(k, error) for k, error in enumerate(outcomes) if isinstance(error, BaseException)]:
             return [self._failed(number, prompt, k, error) for k, error in errors]

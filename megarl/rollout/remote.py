@@ -33,6 +33,7 @@ import torch.distributed as dist
 from megarl.parallel.collectives import gather_objects
 from megarl.parallel.mesh import Mesh
 from megarl.rollout import wire
+from megarl.rollout.answers import RemoteError, apart, await_all, first_error
 from megarl.rollout.auth import DIRECT
 from megarl.weights.checksums import checksum
 from megarl.weights.plan import EVERYTHING, Box, Holders, Item, Needs
@@ -50,13 +51,10 @@ _PAUSE = {
 _INIT = "init_weight_transfer_engine"
 _LOOK_AGAIN_S = 1.0
 _PROBE_S = 10.0  # for a server that should answer at once
-_EXCHANGE_S = 120.0  # for one bucket, or to meet: what a failure costs that nobody notices
+_SECOND_PROBE_S = 2.0  # for one that did not, the last time: all others are paused meanwhile
+_EXCHANGE_S = 120.0  # for one bucket, to meet, or for a call: what a failure costs that nobody notices
 _FRUITLESS = 3  # pushes that fail without the loss of a server
 T = TypeVar("T")
-
-
-class RemoteError(RuntimeError):
-    """A server refused a call or did not answer."""
 
 
 def to_senders(mesh: Mesh) -> Deal:
@@ -144,18 +142,21 @@ class Sender:
             token: what servers want to hear from those they obey.
             on_update: what becomes of requests that a push meets.
             min_engines, wait_s: how many servers there have to be, and how long to wait for them.
-            timeout_s: the longest that one call, or one exchange, may take.
+            timeout_s: the longest that a push may take, or, with ``on_update`` wait, the requests that it meets. What
+                ends sooner has `_EXCHANGE_S`.
             verify: compare checksums of every bucket at both ends.
         """
         self.urls: list[str] = []  # the servers that have the weights, or are being given them
         self.version = 0
         self._senders = senders or Senders([0], [0] * len(metadata))
         self._place, self._lead = self._senders.ranks.index(rank), rank == 0
-        self._answers: list[Future[Any]] = []  # of the servers, to what is being sent
+        self._answers: dict[str, Future[Any]] = {}  # of the servers, to what is being sent
+        self._silent: set[str] = set()  # those that did not answer the last push
         self._store: dist.TCPStore | None = None  # rank 0's, in which all meet
         self._find, self._metadata, self._bucket_bytes, self._device = find, metadata, bucket_bytes, device
         self._token, self._on_update, self._verify = token, on_update, verify
         self._min_engines, self._wait_s, self._timeout_s = min_engines, wait_s, timeout_s
+        self._patience = min(timeout_s, _EXCHANGE_S)
         # A thread for every server: a call of a push comes back only when all servers have been called.
         self._pool = ThreadPoolExecutor(4096, thread_name_prefix="megarl-push")
         self._group: wire.Group | None = None
@@ -169,9 +170,11 @@ class Sender:
             failures: what came of the meeting that was tried last.
         """
         words = list(failures)
+        hurry = self._silent  # but for those that have to be waited for
         while True:
             found = list(self._find())
-            answers = self._each(found, self._pause)
+            answers = self._each(found, partial(self._pause, hurry=hurry))
+            self._silent = {url for url, answer in answers.items() if isinstance(answer, RemoteError)}
             alive = [url for url, answer in answers.items() if not isinstance(answer, RemoteError)]
             words += [str(answer) for answer in answers.values() if isinstance(answer, RemoteError)]
             if len(alive) >= self._min_engines and not failures:
@@ -188,30 +191,34 @@ class Sender:
                     f" s (rollout.engine_timeout_s):{said}"
                 )
             time.sleep(_LOOK_AGAIN_S)
-            words, failures = [], ()
+            words, failures, hurry = [], (), set()
 
-    def _pause(self, url: str) -> None:
-        self._call(url, "health")  # whose answer does not take long: a machine that is gone costs no more than that
-        self._call(url, _PAUSE[self._on_update])
+    def _pause(self, url: str, hurry: set[str]) -> None:
+        # Its answer does not take long: a machine that is gone costs no more than that.
+        self._call(url, "health", timeout=_SECOND_PROBE_S if url in hurry else _PROBE_S)
+        requests_end = self._timeout_s if self._on_update == "wait" else self._patience
+        self._call(url, _PAUSE[self._on_update], timeout=requests_end)
 
     def _open(self, urls: list[str]) -> Meeting:
         """A store to meet in."""
         local = all(urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1") for url in urls)
         host = "127.0.0.1" if local else socket.gethostname()
-        sizes = [answer["world_size"] for answer in self._all(urls, lambda url: self._call(url, "get_world_size"))]
-        patience = min(self._timeout_s, _EXCHANGE_S)
+        sizes = [
+            answer["world_size"]
+            for answer in self._all(urls, partial(self._call, path="get_world_size", timeout=_PROBE_S))
+        ]
         self.leave()
         self._store = dist.TCPStore(
-            host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=patience)
+            host, 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=self._patience)
         )
-        return Meeting(urls, host, self._store.port, sizes, patience)
+        return Meeting(urls, host, self._store.port, sizes, self._patience)
 
     def join(self, meeting: Meeting) -> None:
         """A new group, of this rank and every worker of the servers."""
-        answers: list[Future[Any]] = []
+        answers: dict[str, Future[Any]] = {}
         if self._lead:
             told = meeting.information(len(self._senders.ranks))
-            answers = [self._pool.submit(self._call, url, _INIT, told[url]) for url in meeting.urls]
+            answers = {url: apart(self._call, url, _INIT, told[url]) for url in meeting.urls}
         else:
             self.leave()
         patience = timedelta(seconds=meeting.timeout_s)
@@ -219,23 +226,25 @@ class Sender:
             store = self._store or dist.TCPStore(meeting.host, meeting.port, is_master=False, timeout=patience)
             group = wire.Group.join(store, 0, meeting.size, self._device, meeting.timeout_s, self._place)
         except RuntimeError as error:
-            raise RemoteError(f"no group with {', '.join(meeting.urls)}: {error}; {_first_error(answers)}") from error
+            raise RemoteError(f"no group with {', '.join(meeting.urls)}: {error}; {first_error(answers)}") from error
         self.urls, self._group = meeting.urls, group
-        _wait(answers)
+        await_all(answers, self._patience)
 
     def begin(self) -> None:
         """Tell the servers what comes."""
         self._all(self.urls, self._start)
         announced = wire.described(self._metadata) | {"bucket_bytes": self._bucket_bytes, "verify": self._verify}
         body = {"update_info": announced | {"senders": self._senders.of}}
-        self._answers = [self._pool.submit(self._call, url, "update_weights", body) for url in self.urls]
+        self._answers = {
+            url: apart(self._call, url, "update_weights", body, timeout=self._timeout_s) for url in self.urls
+        }
 
     def send(self, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
         """Send this sender's share of a stream of weights to the servers, which were told."""
         assert self._group is not None, "join() comes first"
 
         def watch() -> None:
-            for answer in self._answers:  # before the last bucket only failures are answered
+            for answer in self._answers.values():  # before the last bucket only failures are answered
                 if answer.done() and (error := answer.exception()) is not None:
                     raise error
 
@@ -252,8 +261,8 @@ class Sender:
                 raise ValueError("the stream has more tensors than its metadata says")
         except RuntimeError as error:
             self.leave()  # so that servers which wait for this rank hear of it
-            raise RemoteError(f"{error}; {_first_error(self._answers)}") from error
-        _wait(self._answers)
+            raise RemoteError(f"{error}; {first_error(self._answers)}") from error
+        await_all(self._answers, self._patience)
 
     def finish(self) -> None:
         """All of it was sent."""
@@ -274,18 +283,18 @@ class Sender:
                 raise RemoteError(f"{again}; {ended[url]}") from error
 
     def resume(self) -> None:
-        """Let the servers generate. One that is lost now is left to the next push."""
+        """Let the servers generate. One that is lost now is left to the next push, which comes at once where none is
+        left and something is asked for."""
         answers = self._each(self.urls, lambda url: self._call(url, "resume", {}))
         lost = [answer for answer in answers.values() if isinstance(answer, RemoteError)]
         self.urls = [url for url, answer in answers.items() if not isinstance(answer, RemoteError)]
         if lost:
             self.leave()
-        if not self.urls:
-            raise RemoteError(f"no server is left to generate: {lost[0]}")
 
     def ask(self, method: str) -> dict[str, list[Any]]:
         """What every worker of every server returns from a method of `megarl.rollout.receiver.Receiver`."""
-        answers = self._all(self.urls, lambda url: self._call(url, "collective_rpc", {"method": method}))
+        call = partial(self._call, path="collective_rpc", body={"method": method}, timeout=self._timeout_s)
+        answers = self._all(self.urls, call)
         return {url: answer["results"] for url, answer in zip(self.urls, answers, strict=True)}
 
     def leave(self) -> None:
@@ -317,16 +326,15 @@ class Sender:
                 raise answer
         return list(answers.values())
 
-    def _call(self, url: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    def _call(self, url: str, path: str, body: dict[str, Any] | None = None, timeout: float | None = None) -> Any:
         """POST, or GET without a body where that is what vLLM takes."""
         data = None if path in ("health", "get_world_size") else json.dumps(body or {}).encode()
         headers = {"Content-Type": "application/json"}
         if self._token is not None:
             headers["Authorization"] = f"Bearer {self._token}"
         request = urllib.request.Request(f"{url}/{path}", data, headers)
-        timeout = _PROBE_S if data is None else self._timeout_s
         try:
-            with DIRECT.open(request, timeout=timeout) as answer:
+            with DIRECT.open(request, timeout=timeout or self._patience) as answer:
                 text = answer.read()
             return json.loads(text) if text else None
         except urllib.error.HTTPError as error:
@@ -465,16 +473,3 @@ def _sent(sender: Sender, weights: Iterator[tuple[str, torch.Tensor]]) -> None:
     finally:
         for _ in weights:
             pass
-
-
-def _first_error(answers: Sequence[Future[Any]]) -> str:
-    """What the first of the servers that failed says, where one does."""
-    for answer in answers:
-        if (error := answer.exception()) is not None:
-            return str(error)
-    return "no server says why"
-
-
-def _wait(answers: Sequence[Future[Any]]) -> None:
-    for answer in answers:
-        answer.result()

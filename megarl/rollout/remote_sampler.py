@@ -30,10 +30,11 @@ from megarl.observe.timers import Phases
 from megarl.parallel.collectives import gather_objects
 from megarl.parallel.mesh import Mesh
 from megarl.rewards.runner import RewardResult
+from megarl.rollout.answers import RemoteError
 from megarl.rollout.auth import token_of
 from megarl.rollout.client import Bound, Client
-from megarl.rollout.conversation import Sampling
-from megarl.rollout.remote import RemoteEngines, RemoteError, Sender, Senders
+from megarl.rollout.conversation import Sampling, converse
+from megarl.rollout.remote import RemoteEngines, Sender, Senders
 from megarl.rollout.sampler import Draw
 from megarl.rollout.scoring import Scorer
 from megarl.rollout.serve import discover, engines_folder
@@ -105,11 +106,11 @@ class Driver:
         """Converse, and score."""
         engine = Bound(self.client, sampling)
 
-        async def converse(index: int) -> Sample:
+        async def one(index: int) -> Sample:
             async with self.room:
-                return replace(await self.conversation(engine, prompt), index=index)
+                return replace(await converse(self.conversation, engine, prompt), index=index)
 
-        outcomes = await asyncio.gather(*(converse(index) for index in range(sampling.n)), return_exceptions=True)
+        outcomes = await asyncio.gather(*(one(index) for index in range(sampling.n)), return_exceptions=True)
         if errors := [(k, error) for k, error in enumerate(outcomes) if isinstance(error, BaseException)]:
             return Group(prompt, *zip(*(self._failed(prompt, k, error) for k, error in errors), strict=True))
         return Group(prompt, outcomes, await self.scorer.score(prompt, outcomes))

@@ -67,6 +67,7 @@ def arguments(cfg: Config, host: str, port: int, *, on_cpu: bool) -> list[str]:
         "seed": cfg.run.seed,
         "logprobs_mode": "processed_logprobs",  # of the distribution that is sampled from
         "skip_tokenizer_init": True,  # tokens in, tokens out
+        "trust_remote_code": cfg.model.trust_remote_code,
         "enable_scale_out": True,  # without it /inference/v1/generate answers 403
         "disable_uvicorn_access_log": True,
         "enforce_eager": on_cpu or r.enforce_eager,

@@ -126,6 +126,23 @@ def test_ppo_too(ranks, recipe, engines):
 
 
 @pytest.mark.slow
+def test_several_turns_too(ranks, recipe, engines):
+    """A calculator that is given what stands before a 4: of random answers some call it, and the policy reads on."""
+    talks = [
+        *GREEDY,
+        "rollout.environment=calculator",
+        "rollout.environment_args={pattern: '([0-9])[0-9]*4', reply: '{result}', stop: ['4']}",
+        "rollout.max_response_length=16",
+        "rollout.max_turns=3",
+        "train.train_mb_tokens=120",
+        "train.logprob_mb_tokens=120",
+    ]
+    found = run(ranks, recipe, "turns-remote", engines, 2, talks)
+    check_same(found, run(ranks, recipe, "turns-colocated", None, 1, talks))
+    assert sum(step["tool_call_counts/mean"] for step in found[0]) > 0 and found[0][0]["num_turns/max"] > 1
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("staleness", [1, 2])
 def test_no_token_is_staler_than_allowed_and_data_stays_in_order(ranks, recipe, engines, staleness):
     """What is over the bound ends the run (`RemoteSampler._aged`), and metrics say what there was."""
