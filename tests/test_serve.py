@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -113,6 +113,53 @@ def test_a_busy_server_is_left_alone_and_one_whose_engine_is_dead_is_not(tmp_pat
         alive.append(server.process is not None)
     http.shutdown()
     assert alive == [True, True, True, True, True, False, False]
+
+
+@pytest.fixture
+def signals() -> Iterator[None]:
+    """What `serve` does with them is not the next test's."""
+    names = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    before = {name: signal.getsignal(name) for name in names}
+    yield
+    for name, handler in before.items():
+        signal.signal(name, handler)
+
+
+@pytest.mark.usefixtures("signals")
+@pytest.mark.parametrize(("broken", "code"), [("1", 0), ("01", 1)])
+def test_a_server_that_cannot_start_is_given_up_alone(tmp_path: Path, monkeypatch, capfd, broken, code) -> None:
+    """Three starts; the other stays until it is told to stop, and with the last one the command ends."""
+    program = f"""
+import http.server, os, sys
+
+class Health(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+if os.environ["NUMBER"] in "{broken}":
+    sys.exit("no such GPU")
+http.server.ThreadingHTTPServer((sys.argv[1], int(sys.argv[2])), Health).serve_forever()
+"""
+    monkeypatch.setattr(module, "_LONGEST_PAUSE_S", 0.1)
+    monkeypatch.setattr(module, "_POLL_S", 0.05)
+    monkeypatch.setattr(module, "arguments", lambda cfg, host, port, **_: ["-c", program, host, str(port)])
+    monkeypatch.setattr(module, "environment", lambda cfg, number, *_, **__: os.environ | {"NUMBER": str(number)})
+    said: list[str] = []
+
+    def stop_when_given_up() -> None:
+        while "is given up" not in "".join(said):
+            time.sleep(0.1)
+            said.append(capfd.readouterr().err)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    cfg = load([str(recipe_in(tmp_path)), "rollout.num_engines=2"])
+    if code == 0:
+        threading.Thread(target=stop_when_given_up, daemon=True).start()
+    assert module.serve(cfg, host="127.0.0.1", first_gpu=0) == code
+    said.append(capfd.readouterr().err)
+    assert "3 starts of server 1 in a row came to nothing; the last one's log ends:\nno such GPU" in "".join(said)
+    assert discover(tmp_path / "served" / "engines") == []
 
 
 def test_the_command_line_is_the_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

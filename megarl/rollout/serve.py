@@ -211,7 +211,8 @@ class Server:
         self.failures += 0 if self.ready else 1
         self.stop(grace_s=0)
         if self.failures == _GIVE_UP:
-            raise ServeError(f"{_GIVE_UP} starts in a row came to nothing; the last one's log ends:\n{_tail(log)}")
+            said = f"{_GIVE_UP} starts of server {self.number} in a row came to nothing; the last one's log ends:"
+            raise GivenUpError(f"{said}\n{_tail(log)}")
         self.next_look = time.monotonic() + min(2.0**self.failures - 1, _LONGEST_PAUSE_S)
 
     def stop(self, grace_s: float = _STOPS_WITHIN_S) -> None:
@@ -237,8 +238,13 @@ class ServeError(RuntimeError):
     """A server cannot be started."""
 
 
+class GivenUpError(ServeError):
+    """A server that cannot be started here, though others may: its GPU may be broken."""
+
+
 def serve(cfg: Config, *, host: str, first_gpu: int) -> int:
-    """Keep ``rollout.num_engines`` servers alive until told to stop. Returns the exit code."""
+    """Keep ``rollout.num_engines`` servers alive until told to stop, or until all had to be given up. Returns the exit
+    code."""
     if os.environ.get("MEGARL_LAUNCHER"):
         die_with_parent(signal.SIGTERM)
     stopped: list[int] = []
@@ -249,10 +255,18 @@ def serve(cfg: Config, *, host: str, first_gpu: int) -> int:
     on_cpu = cfg.cluster.device == "cpu" or (cfg.cluster.device == "auto" and not _has_cuda())
     engines_folder(cfg).mkdir(parents=True, exist_ok=True)
     servers = [Server(cfg, number, host, first_gpu, on_cpu) for number in range(cfg.rollout.num_engines)]
+    kept = list(servers)
     try:
         while not stopped:
-            for server in servers:
-                server.look()
+            for server in list(kept):
+                try:
+                    server.look()
+                except GivenUpError as error:
+                    kept.remove(server)
+                    if not kept:
+                        raise
+                    said = f"{error}\nmegarl serve: it is given up; the other {len(kept)} of {len(servers)} stay"
+                    print(f"megarl serve: {said}", file=sys.stderr, flush=True)
             time.sleep(_POLL_S)
     except ServeError as error:
         print(f"megarl serve: {error}", file=sys.stderr, flush=True)
