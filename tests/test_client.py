@@ -33,12 +33,14 @@ class Stub:
 
     def __init__(self, *answers, version="3"):
         self.answers, self.version, self.asked, self.healthy = list(answers), version, [], True
+        self.counted, self.speed = None, 0
 
     async def start(self):
         app = web.Application()
         app.router.add_post("/inference/v1/generate", self.generate)
         app.router.add_get("/health", self.health)
         app.router.add_get("/weight_info", self.info)
+        app.router.add_get("/metrics", self.metrics)
         self.runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self.runner.setup()
         site = web.TCPSite(self.runner, "127.0.0.1", 0)
@@ -53,6 +55,15 @@ class Stub:
 
     async def health(self, request):
         return web.Response(status=200 if self.healthy else 503)
+
+    async def metrics(self, request):
+        """A line of each counter in vLLM's words; `counted` is what it has generated, None a server without metrics."""
+        if self.counted is None:
+            return web.Response(status=404)
+        self.counted += self.speed
+        labels = '{engine="0",model_name="m"}'
+        lines = [f"vllm:{kind}_tokens_total{labels} {self.counted}.0" for kind in ("prompt", "generation")]
+        return web.Response(text="\n".join(["# TYPE vllm:prompt_tokens_total counter", *lines, ""]))
 
     async def info(self, request):
         return web.json_response({"weight_version": self.version})
@@ -187,6 +198,29 @@ def test_a_server_that_neither_answers_nor_hangs_up_is_given_up():
         frozen.healthy = False
         assert (await asyncio.wait_for(client.generate([1], 6, SAMPLING), 5)).tokens == [4]
         assert client.counts.lost == 1
+
+    run(scenario)
+
+
+@pytest.mark.parametrize(("counted", "speed"), [(5, 0), (5, 1), (None, 0)])
+def test_a_server_whose_engine_stands_still_behind_it_is_left_to_the_next_push(counted, speed, monkeypatch):
+    """It says that it is well, and generates nothing; one that is only slow, or does not say, is waited for."""
+    monkeypatch.setattr(module, "_STUCK_S", 0.4)
+
+    async def slow(request):
+        await asyncio.sleep(1.2)
+        return answer([5])()
+
+    async def scenario(client):
+        stub, other = Stub(slow), Stub(answer([4]))
+        stub.counted, stub.speed = counted, speed
+        await serving(client, stub)
+        request = asyncio.create_task(client.generate([1], 6, SAMPLING))
+        await asyncio.sleep(0.9)
+        stuck = counted is not None and not speed
+        assert client.counts.lost == stuck and client._usable.is_set() != stuck
+        client.use([await other.start() if stuck else stub.url], 3)
+        assert (await request).tokens == ([4] if stuck else [5])
 
     run(scenario)
 

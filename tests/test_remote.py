@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megarl.config import RolloutConfig
+from megarl.rollout import client
 from megarl.rollout.auth import token_of
 from megarl.rollout.vllm_engine import Sampling, VLLMEngine
 from tests.distributed import remote_cases, tiny_models
@@ -85,6 +87,10 @@ def test_a_server_samples_as_an_engine_here_does(ranks, tmp_path: Path) -> None:
             urls=[url],
         )
         remote = [generate(url, prompt, temperature=0) for prompt in PROMPTS]
+        with urllib.request.urlopen(f"{url}/metrics") as page:
+            counted = [float(number) for number in client._TOKENS.findall(page.read().decode())]
+        # By which clients see that a server moves: what it has read and written.
+        assert sorted(counted) == sorted(map(float, (sum(map(len, PROMPTS)), sum(len(tokens) for tokens, _ in remote))))
     rollout = RolloutConfig(kv_cache_gb=0.05, max_num_seqs=8)
     engine = VLLMEngine(str(old), rollout, dtype="fp32", device_type="cpu", max_model_len=64, seed=0)
     engine.load_weights(load_file(new / "model.safetensors").items())

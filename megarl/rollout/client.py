@@ -14,6 +14,8 @@ version that no push has brought (a server that was started anew) are not taken.
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 import secrets
 import time
 from collections.abc import Sequence
@@ -28,6 +30,8 @@ from megarl.rollout.vllm_engine import RolloutError
 _HEALTH_S = 5.0  # between looks at servers that owe an answer
 _PROBE_S = 1.0  # between looks at a server that failed
 _SILENT = 3  # looks in a row that a server may leave unanswered
+_STUCK_S = 180.0  # that one which answers may owe answers and read and write no token: longer than any step takes
+_TOKENS = re.compile(r"^vllm:(?:prompt|generation)_tokens_total(?:{.*})? (\S+)$", re.MULTILINE)
 _GARBAGE = 3  # answers to one request that may be none
 _LOST = 16  # times that one request may be lost: it may itself be what ends servers
 _ANSWERS_WITHIN_S = 10.0
@@ -47,6 +51,8 @@ class _Server:
     url: str
     up: bool = True
     silent: int = 0  # looks in a row without an answer
+    tokens: float = -1.0  # that it has read and written in its life
+    moved: float = field(default_factory=time.monotonic)  # when those were seen to change, or it owed nothing
     requests: set[asyncio.Task[Completion]] = field(default_factory=set)
 
 
@@ -112,7 +118,7 @@ class Client:
             self._give_up(self._servers.pop(url))
         for url in urls:
             server = self._servers.setdefault(url, _Server(url))
-            server.up, server.silent = True, 0
+            server.up, server.silent, server.moved = True, 0, time.monotonic()
         self.version, self._held = version, False
         self._look()
 
@@ -154,31 +160,44 @@ class Client:
         while self._servers.get(server.url) is server and not server.up:
             await asyncio.sleep(_PROBE_S)
             answer = await self._probe(server, "weight_info")
-            if answer is not None and answer.get("weight_version") == str(self.version) and not server.up:
-                server.up, server.silent = True, 0
+            if answer is not None and _version_in(answer) == str(self.version) and not server.up:
+                server.up, server.silent, server.moved = True, 0, time.monotonic()
                 self._look()
 
     async def _watch(self) -> None:
-        """Find servers that neither answer nor hang up: a machine that is gone closes no connection."""
+        """Find servers that neither answer nor hang up (a machine that is gone closes no connection), and those whose
+        engine stands still behind a server that is well."""
         while True:
             await asyncio.sleep(_HEALTH_S)
+            for server in self._servers.values():
+                if self._held or not server.requests:
+                    server.moved = time.monotonic()
             owing = [server for server in self._servers.values() if server.requests]
-            answers = await asyncio.gather(*(self._probe(server, "health") for server in owing))
-            for server, answer in zip(owing, answers, strict=True):
-                server.silent = 0 if answer is not None else server.silent + 1
+            for server, silent in zip(owing, await asyncio.gather(*map(self._is_silent, owing)), strict=True):
+                server.silent = server.silent + 1 if silent else 0
                 if server.silent == _SILENT:
                     self._failed(server)
                     self._give_up(server)
+                elif time.monotonic() - server.moved > _STUCK_S:
+                    self._give_up(server)  # until a push finds that it moves
+                    self._look()
 
-    async def _probe(self, server: _Server, path: str) -> dict[str, Any] | None:
+    async def _is_silent(self, server: _Server) -> bool:
+        """Whether it does not answer, or is ill; and whether it has moved, where it says so."""
+        if await self._probe(server, "health") is None:
+            return True
+        tokens = [float(number) for number in _TOKENS.findall(await self._probe(server, "metrics") or "")]
+        if not tokens or sum(tokens) != server.tokens:
+            server.tokens, server.moved = sum(tokens), time.monotonic()
+        return False
+
+    async def _probe(self, server: _Server, path: str) -> str | None:
         """Its answer, if it is well."""
         assert self._session is not None
         try:
             timeout = aiohttp.ClientTimeout(total=_ANSWERS_WITHIN_S)
             async with self._session.get(f"{server.url}/{path}", timeout=timeout) as answer:
-                if answer.status != 200:
-                    return None
-                return {} if path == "health" else await answer.json(content_type=None)
+                return await answer.text() if answer.status == 200 else None
         except (aiohttp.ClientError, TimeoutError, ValueError):
             return None
 
@@ -282,6 +301,15 @@ class Bound:
 
     async def generate(self, tokens: list[int], max_tokens: int, *, stop_token_ids: Sequence[int] = ()) -> Completion:
         return await self._client.generate(tokens, max_tokens, self._sampling, stop_token_ids)
+
+
+def _version_in(info: str) -> str | None:
+    """Of what a server says of its weights."""
+    try:
+        version: str = json.loads(info)["weight_version"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return version
 
 
 def _parameters(sampling: Sampling, max_tokens: int, stop_token_ids: Sequence[int]) -> dict[str, Any]:
