@@ -170,7 +170,9 @@ class StandIn:
     def weight_info(self) -> dict[str, str]:
         return {"weight_version": self.version}
 
-    def generate(self, token_ids: list[int], sampling_params: dict[str, Any]) -> dict[str, Any]:
+    def generate(
+        self, token_ids: list[int], sampling_params: dict[str, Any], cache_salt: str | None = None
+    ) -> dict[str, Any]:
         """Up to as many random tokens as allowed, some milliseconds each; those after a pause are of new weights."""
         chance, out, versions = random.Random(), [], []
         while len(out) < sampling_params["max_tokens"] and EOS not in out:

@@ -6,6 +6,7 @@ What stand-ins write means nothing; real servers are in tests/distributed/test_r
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from pathlib import Path
@@ -94,6 +95,29 @@ def test_a_run_is_never_staler_than_allowed_and_keeps_the_order_of_the_data(run,
     check_trained(folder, 6)
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["algorithm=remax"],
+        ["rollout.dynamic_sampling=true", "rollout.dynamic_sampling_max_gen_batches=20"],
+        ["loss.use_rollout_logps=true", "loss.truncated_importance_sampling_type=none", "rollout.on_update=keep_kv"],
+        ["algorithm=ppo", "rollout.on_update=wait"],
+    ],
+    ids=lambda settings: settings[0],
+)
+def test_other_methods_take_what_servers_sampled(run, folder, settings):
+    server = join(folder)
+    run("rollout.max_staleness=2", *settings)
+    records = read_metrics(folder)
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6] and server.version == "6"
+    assert all(math.isfinite(record["actor/grad_norm"]) for record in records)
+    assert 0 < max(record["staleness/max"] for record in records) <= 2
+    if "rollout.dynamic_sampling=true" in settings:
+        assert all(record["frac_reward_zero_std"] == 0 for record in records)
+    else:
+        check_trained(folder, 6)
+
+
 def test_a_server_that_dies_costs_its_requests_alone(run, folder):
     servers = [join(folder), join(folder)]
     killer = threading.Thread(target=_after, args=(folder / "metrics.jsonl", 2, servers[0].die), daemon=True)
@@ -119,6 +143,17 @@ def test_when_the_last_server_dies_the_next_one_gets_the_weights_at_once(run, fo
     killer.join()
     assert late[0].version == "16" and late[0].calls.count("generate") > 0
     check_trained(folder, 16)
+
+
+def test_without_any_server_for_too_long_the_run_ends_and_says_so(run, folder):
+    killer = threading.Thread(target=_after, args=(folder / "metrics.jsonl", 2, join(folder).die), daemon=True)
+    killer.start()
+    with pytest.raises(
+        RolloutError, match=r"0 of 1 servers \(rollout\.min_engines\) answer after 1 s \(rollout\.engine"
+    ):
+        run("run.max_num_steps=40", "rollout.engine_timeout_s=1")
+    killer.join()
+    assert 2 <= len(read_metrics(folder)) < 40
 
 
 def _after(metrics: Path, lines: int, do) -> None:
