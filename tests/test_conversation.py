@@ -20,6 +20,9 @@ class Scripted:
         self.answers, self.max_tokens = list(answers), max_tokens
         self.asked: list[tuple[list[int], int]] = []
 
+    async def ready(self):
+        pass
+
     async def generate(self, tokens, max_tokens, *, stop_token_ids=()):
         self.asked.append((tokens, max_tokens))
         return self.answers.pop(0)

@@ -42,12 +42,17 @@ def encoded(text: str) -> list[int]:
 
 
 class Scripted:
-    """Gives the listed texts in turn, each with EOS; a number is a turn that takes so many seconds."""
+    """Gives the listed texts in turn, each with EOS; a number is a turn that takes so many seconds. ``away``: seconds
+    before each turn in which there is no engine."""
 
-    def __init__(self, *turns: str | float, max_tokens: int = 1000) -> None:
+    def __init__(self, *turns: str | float, max_tokens: int = 1000, away: float = 0.0) -> None:
+        self.away = away
         self.turns, self.max_tokens = list(turns), max_tokens
         self.read: list[str] = []
         self.rooms: list[int] = []
+
+    async def ready(self) -> None:
+        await asyncio.sleep(self.away)
 
     async def generate(self, tokens: list[int], max_tokens: int, *, stop_token_ids: Sequence[int] = ()) -> Completion:
         self.read.append(TOKENIZER.decode(tokens))
@@ -307,6 +312,15 @@ def test_a_slow_tool_counts_for_its_turn_and_the_episode_has_an_end_of_its_own()
         engine = Scripted(*["x"] * 50)
         sample = asyncio.run(within(limits, waits(CHAT, seconds))(engine, prompt()))
         assert sample.finish_reason == "timeout" and 1 <= sample.measures["num_turns"] < 20
+
+
+def test_no_turns_time_runs_while_there_is_no_engine() -> None:
+    """Before each turn there is none for 0.5 s: turns stay within their 0.3 s, and episodes take what they take."""
+    turns = ("<calculator>1+1</calculator>", 0.1, "well")
+    sample = talk("calculator", Scripted(*turns, away=0.5), limits=EpisodeLimits(turn_timeout_s=0.3))
+    assert (sample.finish_reason, sample.measures["num_turns"]) == ("stop", 2)
+    sample = talk("calculator", Scripted(CALL, CALL, "well", away=0.5), limits=EpisodeLimits(episode_timeout_s=1.2))
+    assert (sample.finish_reason, sample.measures["num_turns"]) == ("timeout", 2)
 
 
 def test_a_tools_own_timeout_is_an_error_and_so_is_a_conversation_without_a_word() -> None:

@@ -72,6 +72,8 @@ class Episode:
             raise EpisodeOver("turns")
         if room < 1:
             raise EpisodeOver("length")
+        self._clock.reschedule(self._ends)
+        await self._engine.ready()
         self._set_clock()
         completion = await self._engine.generate(tokens, room, stop_token_ids=stop_token_ids)
         self._transcript.observed(observed)
@@ -79,6 +81,9 @@ class Episode:
         self._unread = []
         self.measures["num_turns"] += 1
         return completion
+
+    async def ready(self) -> None:
+        await self._engine.ready()
 
     def _set_clock(self) -> None:
         ends = [when for when in (self._ends, _later(self._limits.turn_timeout_s)) if when is not None]

@@ -128,6 +128,10 @@ class Client:
         waited = time.monotonic() - self._without_since
         return not self._held and not self._usable.is_set() and waited > _STARVED_S
 
+    async def usable(self) -> None:
+        """Returns when there is a server that requests go to."""
+        await self._usable.wait()
+
     async def close(self) -> None:
         for task in self._background:
             task.cancel()
@@ -301,6 +305,9 @@ class Bound:
 
     async def generate(self, tokens: list[int], max_tokens: int, *, stop_token_ids: Sequence[int] = ()) -> Completion:
         return await self._client.generate(tokens, max_tokens, self._sampling, stop_token_ids)
+
+    async def ready(self) -> None:
+        await self._client.usable()
 
 
 def _version_in(info: str) -> str | None:

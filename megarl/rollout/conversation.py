@@ -68,6 +68,11 @@ class AsyncEngine(Protocol):
         """
         ...
 
+    async def ready(self) -> None:
+        """Returns as soon as there is an engine, weights and all, that a request would go to: no turn's time runs while
+        there is none."""
+        ...
+
 
 Conversation = Callable[[AsyncEngine, Prompt], Awaitable[Sample]]
 

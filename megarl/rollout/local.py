@@ -106,6 +106,9 @@ class _Engine:
         sampling = replace(self._sampling, max_tokens=max_tokens, stop_token_ids=stops)
         return await self._batch.ask(tokens, sampling, f"{self._name}/{next(self._turns)}")
 
+    async def ready(self) -> None:
+        """It is: conversations run only while it is awake."""
+
 
 @dataclass
 class Talks:
