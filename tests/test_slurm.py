@@ -38,6 +38,20 @@ train: {{train_global_batch_size: 64, train_mb_tokens: 14}}
 data: {{path: {root}/rows.jsonl, apply_chat_template: false, max_prompt_length: 8}}
 checkpoint: {{save_period: 20, save_contents: [model, optimizer]}}
 """
+# A node for the rank, and one for a server.
+ASYNC_RECIPE = """
+cluster: {{gpus_per_node: 1, num_nodes: 1, device: cpu}}
+run: {{name: two, root: {root}, max_num_steps: {steps}, max_num_epochs: 9999, deadline_s: 300}}
+model: {{path: {model}, dtype: fp32}}
+optimizer: {{lr: 1.0e-3}}
+train: {{train_global_batch_size: 16, train_mb_tokens: 60, logprob_mb_tokens: 60}}
+data: {{path: {root}/rows.jsonl, apply_chat_template: false, max_prompt_length: 8}}
+rollout: {{mode: remote, num_nodes: 1, num_engines: 1, max_staleness: 1, engine_timeout_s: 240, kv_cache_gb: 0.02,
+  max_num_seqs: 16, num_prompts_per_step: 4, num_generations_per_prompt: 4, max_response_length: 6}}
+loss: {{truncated_importance_sampling_type: tis}}
+reward: {{workers: 1, functions: [{{name: exact}}]}}
+checkpoint: {{save_period: 20, save_contents: [model, optimizer]}}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +72,12 @@ def cluster(tmp_path_factory):
 class Submitted:
     """A run that is a job, and what is seen of it."""
 
-    def __init__(self, model, root, steps):
-        rows = [{"prompt": f"{a}+{b}=", "response": str(a + b)} for a in range(5) for b in range(5)]
+    def __init__(self, model, root, steps, recipe=RECIPE):
+        answer = "response" if recipe is RECIPE else "answer"
+        rows = [{"prompt": f"{a}+{b}=", answer: str(a + b)} for a in range(5) for b in range(5)]
         (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         self.root, self.steps, self.recipe = root, steps, root / "recipe.yaml"
-        self.recipe.write_text(RECIPE.format(root=root, model=model, steps=steps))
+        self.recipe.write_text(recipe.format(root=root, model=model, steps=steps))
 
     def submit(self, *options):
         assert main(["submit", str(self.recipe), *options]) == 0
@@ -105,6 +120,23 @@ def test_a_job_that_is_told_to_save_goes_on(cluster, tiny_chat_model, tmp_path):
     job.wait_for_the_end()
     assert "(SIGUSR1)" in job.output and "start 2, on n[" in job.output and "resumed from step" in job.output
     job.check_against_a_straight_run()
+
+
+def test_servers_have_nodes_of_their_own(cluster, tiny_chat_model, tmp_path):
+    """Two steps of a job on two nodes; both are told to save, only the ranks mind it; the job goes on with new servers,
+    and when the ranks are done nothing is left of them."""
+    job = Submitted(tiny_chat_model, tmp_path, 120, ASYNC_RECIPE)
+    job.submit("--time", "20:00")
+    job.wait(lambda: job.done > 5)
+    assert "ranks on n1, servers on n2" in job.output
+    subprocess.run(["scancel", "--signal=USR1", "--name=two"], check=True)
+    job.wait(lambda: "queued again" in job.output)
+    job.wait(lambda: " done\n" in job.output, 900)
+    job.wait(lambda: not subprocess.check_output(["squeue", "--noheader"], text=True).strip(), 90)
+    records = read_metrics(tmp_path / "two" / "metrics.jsonl")
+    assert "resumed from step" in job.output and [record["step"] for record in records] == list(range(1, 121))
+    assert all(record["engines/number"] == 1 and record["staleness/max"] <= 1 for record in records)
+    assert not [p for p in psutil.process_iter(["cmdline"]) if str(tmp_path) in " ".join(p.info["cmdline"] or [])]
 
 
 @pytest.mark.parametrize("by", ["clock", "signal"])

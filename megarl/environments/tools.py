@@ -135,7 +135,7 @@ def search(
     index = Index.read(corpus)
 
     async def tool(query: str) -> str:
-        found = index.best(query, results)
+        found = await asyncio.to_thread(index.best, query, results)  # of a large corpus it takes a while
         if not found:
             raise ToolError(f"error: nothing is found for {query.strip()!r}")
         return "".join(f"{i}. {document.text[:characters]}\n" for i, document in enumerate(found, start=1))

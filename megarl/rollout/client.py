@@ -30,7 +30,7 @@ from megarl.rollout.vllm_engine import RolloutError
 _HEALTH_S = 5.0  # between looks at servers that owe an answer
 _PROBE_S = 1.0  # between looks at a server that failed
 _SILENT = 3  # looks in a row that a server may leave unanswered
-_STUCK_S = 180.0  # that one which answers may owe answers and read and write no token: longer than any step takes
+_STUCK_S = 300.0  # that one which answers may owe answers and read and write no token: longer than any step takes
 _TOKENS = re.compile(r"^vllm:(?:prompt|generation)_tokens_total(?:{.*})? (\S+)$", re.MULTILINE)
 _GARBAGE = 3  # answers to one request that may be none
 _LOST = 16  # times that one request may be lost: it may itself be what ends servers
