@@ -133,16 +133,16 @@ def test_a_cache_that_survives_pushes_is_salted_by_the_version():
 
 
 def test_an_aborted_request_goes_on_where_it_was_and_its_parts_are_joined():
-    """2 tokens of push 3, then 1 of 3 and 2 of 4: 5 in all, of at most 6."""
+    """2 tokens of push 3, then 1 of 3 and 2 of 4: 5 in all."""
 
     async def scenario(client):
         spans = [{"version": "3", "start": 0, "end": 1}, {"version": "4", "start": 1, "end": 3}]
         stub = Stub(answer([4, 5], "abort"), answer([], "abort"), answer([6, 7, 8], "length", spans))
         await serving(client, stub)
-        found = await client.generate([1, 2], 6, SAMPLING)
+        found = await client.generate([1, 2], 5, SAMPLING)
         assert found == Completion([4, 5, 6, 7, 8], [-0.4, -0.5, -0.6, -0.7, -0.8], "length", versions=[3, 3, 3, 4, 4])
         assert [asked["token_ids"] for asked in stub.asked] == [[1, 2], [1, 2, 4, 5], [1, 2, 4, 5]]
-        assert [asked["sampling_params"]["max_tokens"] for asked in stub.asked] == [6, 4, 4]
+        assert [asked["sampling_params"]["max_tokens"] for asked in stub.asked] == [5, 3, 3]
         assert client.counts.continued == 2 and client.counts.lost == 0
 
     run(scenario)
@@ -256,6 +256,10 @@ def test_a_server_that_is_gone_at_a_push_gives_its_requests_to_those_that_are_le
     "answers, said",
     [
         ([failure(400, "prompt too long")], "400: prompt too long"),
+        (
+            [answer([4], "length")],
+            "has no room for 6 tokens, and ended a response after 1: it was started with a smaller",
+        ),
         ([answer([4] * 9)], "3 answers to one request made no sense; .* 9 tokens of at most 6"),
     ],
 )

@@ -335,8 +335,8 @@ def _parameters(sampling: Sampling, max_tokens: int, stop_token_ids: Sequence[in
 
 
 def understood(payload: Any, url: str, oldest: int, max_tokens: int) -> Completion:
-    """A server's answer. Raises _GarbageError where its parts do not fit, and _LostError where its tokens are of
-    weights that no push since ``oldest`` brought."""
+    """A server's answer. Raises _GarbageError where its parts do not fit, _LostError where its tokens are of weights
+    that no push since ``oldest`` brought, and RolloutError where the server is one of another recipe."""
     try:
         (choice,) = payload["choices"]
         tokens, reason = [int(token) for token in choice["token_ids"]], choice["finish_reason"]
@@ -348,6 +348,11 @@ def understood(payload: Any, url: str, oldest: int, max_tokens: int) -> Completi
     if reason not in ("stop", "length", "abort") or len(logps) != len(tokens) or len(tokens) > max_tokens:
         words = f"{len(tokens)} tokens of at most {max_tokens}, {len(logps)} log-probs, finish_reason {reason!r}"
         raise _GarbageError(f"{url}: {words}")
+    if reason == "length" and len(tokens) < max_tokens:
+        raise RolloutError(
+            f"{url} has no room for {max_tokens} tokens, and ended a response after {len(tokens)}: it was started with "
+            "a smaller rollout.max_model_len (or data.max_prompt_length + rollout.max_response_length) than this run's"
+        )
     if not tokens and reason != "abort":
         raise _GarbageError(f"{url}: no token, finish_reason {reason!r}")
     versions: list[int] = []
