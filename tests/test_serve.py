@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -113,6 +114,16 @@ def test_a_busy_server_is_left_alone_and_one_whose_engine_is_dead_is_not(tmp_pat
         alive.append(server.process is not None)
     http.shutdown()
     assert alive == [True, True, True, True, True, False, False]
+
+
+def test_what_dead_servers_of_this_machine_left_is_cleared_away(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    here = socket.gethostname()
+    for name, pid in ((f"{here}-1", ended.pid), (f"{here}-2", os.getpid()), ("elsewhere-3", ended.pid)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"url": name, "pid": pid}))
+    module._forget_the_dead(tmp_path)
+    assert discover(tmp_path) == sorted(["elsewhere-3", f"{here}-2"])
 
 
 @pytest.fixture

@@ -23,6 +23,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
+
 from megarl.config import Config
 from megarl.model.family import read_spec
 from megarl.parallel.watchdog import die_with_parent, signal_at_parents_death
@@ -254,6 +256,7 @@ def serve(cfg: Config, *, host: str, first_gpu: int) -> int:
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     on_cpu = cfg.cluster.device == "cpu" or (cfg.cluster.device == "auto" and not _has_cuda())
     engines_folder(cfg).mkdir(parents=True, exist_ok=True)
+    _forget_the_dead(engines_folder(cfg))
     servers = [Server(cfg, number, host, first_gpu, on_cpu) for number in range(cfg.rollout.num_engines)]
     kept = list(servers)
     try:
@@ -275,6 +278,13 @@ def serve(cfg: Config, *, host: str, first_gpu: int) -> int:
         with ThreadPoolExecutor(len(servers)) as threads:  # all have the same seconds to end in
             list(threads.map(Server.stop, servers))
     return 0
+
+
+def _forget_the_dead(folder: Path) -> None:
+    """Of servers that were here once, and had no time to clear away: pushes would ask for them."""
+    for path in folder.glob(f"{socket.gethostname()}-*.json"):
+        if not psutil.pid_exists(json.loads(path.read_text())["pid"]):
+            path.unlink()
 
 
 def _has_cuda() -> bool:
