@@ -44,7 +44,6 @@ def loaded(folder: Path, settings: dict[str, Any]) -> Config:
         (STALE, "correct for it with loss.truncated_importance_sampling_type=tis or loss.use_rollout_logps=true"),
         (STALE | {"algorithm": "ppo"}, "rollout.max_staleness = 2"),
         (STALE | {"algorithm": "distillation", "teacher.path": "teacher"}, "rollout.max_staleness = 2"),
-        (REMOTE | {"rollout.sleep_level": 2}, "rollout.sleep_level = 2 would do nothing"),
         (
             REMOTE | {"rollout.engine_timeout_s": 90, "run.deadline_s": 90},
             "rollout.engine_timeout_s = 90 is not less than run.deadline_s = 90, after which",

@@ -52,7 +52,6 @@ READ_WITH: dict[str, tuple[Alternative, ...]] = {
     ),
     "rollout.mode": _algorithm(*ON_POLICY),
     "rollout.seed_per_request": ({"rollout.mode": ("colocated",)},),
-    "rollout.sleep_level": ({"rollout.mode": ("colocated",)},),
     "rollout.router_replay": _algorithm(*ON_POLICY),
     "rollout.dynamic_sampling": _algorithm("grpo", "ppo", "prime", "online_dpo", "distillation"),
     "reward.overlong_filtering": _algorithm(*_POLICY),

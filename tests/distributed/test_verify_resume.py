@@ -53,10 +53,13 @@ def test_every_recipe_becomes_one_that_is_small_and_saves(recipe, tmp_path, monk
     assert again.checkpoint.resume_mode == "auto" and not again.logger.wandb_enabled
 
 
+FP8 = ["fp8_cfg.enabled=true", "fp8_cfg.first_last_layers_bf16=true"]
+
+
 @pytest.mark.parametrize(
     "hf, algorithm, settings, left_out_of_it",
     [
-        (LLAMA_70B, "grpo", ["fp8_cfg.enabled=true", "fp8_cfg.num_layers_at_start_in_bf16=3"], "fp8_cfg"),
+        (LLAMA_70B, "grpo", [*FP8, "fp8_cfg.num_layers_at_start_in_bf16=3"], "fp8_cfg"),
         (
             QWEN3_30B_A3B,
             "grpo",
