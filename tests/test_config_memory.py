@@ -1,5 +1,6 @@
 """Checks of memory levers, and of how long a sequence may be where context parallelism shares it."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,8 +8,9 @@ from typing import Any
 import pytest
 
 from megarl.config import load
-from megarl.config.machine import check_model
+from megarl.config.machine import check_windows
 from megarl.config.sizes import longest_in_microbatch
+from megarl.model.family import read_spec
 from tests.test_config import no_launcher, overrides, problems, recipe
 
 __all__ = ["no_launcher", "recipe"]  # fixtures
@@ -158,15 +160,40 @@ def test_lengths_that_a_context_parallel_group_holds(
     assert said in found
 
 
+WINDOWS = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 16}
+SHARED = "2 ranks share the 1 key/value heads of a tensor-parallel rank, and 1 % 2 = 1"
+
+
 @pytest.mark.parametrize(
-    ("tp", "cp", "said"), [(1, 2, ""), (2, 2, "1 key/value heads of a tensor-parallel rank, and 1 % 2 = 1")]
+    ("sinks", "tp", "cp", "engine", "said"),
+    [
+        (False, 1, 2, (2, 11), []),
+        (False, 2, 1, (2, 8), []),
+        (
+            False,
+            1,
+            2,
+            (2, 10),
+            ["sliding windows and packed sequences over parallel.context_parallel_size = 2 ranks needs"],
+        ),
+        (False, 2, 2, (2, 11), [SHARED]),
+        (False, 2, 2, None, []),
+        (
+            True,
+            1,
+            1,
+            (2, 12),
+            ["attention sinks and packed sequences needs Transformer Engine 2.13 or later, and here is"],
+        ),
+        (True, 2, 2, (2, 13), [SHARED]),
+    ],
 )
-def test_windows_over_context_parallel_ranks_of_gpus(recipe: Callable[..., Path], tp: int, cp: int, said: str) -> None:
+def test_windows_and_sinks_in_transformer_engines_attention(
+    recipe: Callable[..., Path], sinks: bool, tp: int, cp: int, engine: tuple[int, int] | None, said: list[str]
+) -> None:
     """Two key/value heads: ranks that exchange heads need one each."""
-    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 16}
-    path = recipe(architectures=["MistralForCausalLM"], model_type="mistral", **sizes)
-    layout = {TP: tp, CP: cp, GPUS: tp * cp}
-    for device in ("cpu", "cuda"):
-        cfg = load([str(path), *overrides(layout | {"cluster.device": device})], check_model=False)
-        found = [problem.text for problem in check_model(cfg) if "sliding windows" in problem.text]
-        assert len(found) == (device == "cuda" and bool(said)) and all(said in text for text in found)
+    path = recipe(num_attention_heads=4, num_key_value_heads=2, **WINDOWS)
+    cfg = load([str(path), *overrides({TP: tp, CP: cp, GPUS: tp * cp})], check_model=False)
+    spec = dataclasses.replace(read_spec(cfg.model.path), attention_sinks=sinks)
+    found = [problem.text for problem in check_windows(cfg, spec, engine)]
+    assert len(found) == len(said) and all(words in text for words, text in zip(said, found, strict=True)), found

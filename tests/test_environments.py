@@ -314,7 +314,7 @@ def test_a_slow_tool_counts_for_its_turn_and_the_episode_has_an_end_of_its_own()
         assert sample.finish_reason == "timeout" and 1 <= sample.measures["num_turns"] < 20
 
 
-def test_no_turns_time_runs_while_there_is_no_engine() -> None:
+def test_no_turns_time_begins_before_there_is_an_engine() -> None:
     """Before each turn there is none for 0.5 s: turns stay within their 0.3 s, and episodes take what they take."""
     turns = ("<calculator>1+1</calculator>", 0.1, "well")
     sample = talk("calculator", Scripted(*turns, away=0.5), limits=EpisodeLimits(turn_timeout_s=0.3))

@@ -132,8 +132,9 @@ def test_one_that_stands_still_in_a_push_is_left_out_of_it(monkeypatch, freezes_
     push(engines, 1)
     assert time.monotonic() - started < 20
     assert engines.urls == [other.url] and other.good and other.version == "1" and not other.paused
+    started = time.monotonic()
     push(engines, 2)
-    assert engines.urls == [other.url] and other.version == "2"
+    assert engines.urls == [other.url] and other.version == "2" and time.monotonic() - started < 3
     still.thaw()
     push(engines, 3)
     assert sorted(engines.urls) == sorted([still.url, other.url]) and still.good and still.version == "3"
@@ -147,6 +148,16 @@ def test_without_a_server_that_resumes_the_next_push_finds_some():
     assert engines.urls == [] and server.paused
     push(engines, 1)
     assert engines.urls == [server.url] and server.good and not server.paused
+    engines.close()
+
+
+def test_servers_that_never_resume_end_the_run():
+    server = Server(breaks={"resume": 9})
+    engines = engines_of([server.url])
+    push(engines, 1)
+    push(engines, 1)
+    with pytest.raises(RemoteError, match=r"after 3 pushes in a row no server went on to generate: .*resume breaks"):
+        push(engines, 1)
     engines.close()
 
 

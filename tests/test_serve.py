@@ -120,10 +120,11 @@ def test_what_dead_servers_of_this_machine_left_is_cleared_away(tmp_path: Path) 
     ended = subprocess.Popen(["true"])
     ended.wait()
     here = socket.gethostname()
-    for name, pid in ((f"{here}-1", ended.pid), (f"{here}-2", os.getpid()), ("elsewhere-3", ended.pid)):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"url": name, "pid": pid}))
+    entries = [(here, 1, ended.pid), (here, 2, os.getpid()), (f"{here}-2", 3, ended.pid)]
+    for host, port, pid in entries:
+        (tmp_path / f"{host}-{port}.json").write_text(json.dumps({"url": f"{host}:{port}", "host": host, "pid": pid}))
     module._forget_the_dead(tmp_path)
-    assert discover(tmp_path) == sorted(["elsewhere-3", f"{here}-2"])
+    assert discover(tmp_path) == [f"{here}-2:3", f"{here}:2"]
 
 
 @pytest.fixture

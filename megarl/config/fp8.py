@@ -151,13 +151,13 @@ def check_fp8_machine(cfg: "Config", machine: Machine) -> Problems:
         text = "fp8_cfg.enabled = true needs Transformer Engine, which is not installed: "
         yield Problem(text + "pip install --no-build-isolation transformer-engine[pytorch]", fields)
     elif machine.transformer_engine < needs.transformer_engine:
-        found, wanted = _said(machine.transformer_engine), _said(needs.transformer_engine)
+        found, wanted = said(machine.transformer_engine), said(needs.transformer_engine)
         yield Problem(f"{recipe} ({needs.name}) needs Transformer Engine {wanted}, and here is {found}", fields)
     if machine.capability is not None and machine.capability < needs.capability:
-        wanted = f"{needs.gpu} or later (compute capability {_said(needs.capability)})"
-        yield Problem(f"{recipe} needs {wanted}, and this GPU has {_said(machine.capability)}", fields)
+        wanted = f"{needs.gpu} or later (compute capability {said(needs.capability)})"
+        yield Problem(f"{recipe} needs {wanted}, and this GPU has {said(machine.capability)}", fields)
     if machine.cuda is not None and machine.cuda < needs.cuda:
-        text = f"{recipe} needs CUDA {_said(needs.cuda)}, and torch was built for {_said(machine.cuda)}"
+        text = f"{recipe} needs CUDA {said(needs.cuda)}, and torch was built for {said(machine.cuda)}"
         yield Problem(text, fields)
 
 
@@ -208,5 +208,6 @@ def _dimensions(cfg: "Config", spec: "ModelSpec") -> list[tuple[str, int, int]]:
     return out
 
 
-def _said(version: Version) -> str:
+def said(version: Version) -> str:
+    """As it is written."""
     return ".".join(map(str, version))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from megarl.config.algorithm import ON_POLICY
 from megarl.config.critic import critic_as_policy, of_critic
-from megarl.config.fp8 import check_fp8_machine, check_fp8_model, this_machine
+from megarl.config.fp8 import Version, check_fp8_machine, check_fp8_model, said, this_machine
 from megarl.config.memory import ENGINE_ONLY, check_recompute
 from megarl.config.remote import engines_beside
 from megarl.config.sizes import (
@@ -162,15 +162,30 @@ def _model_experts(cfg: "Config", spec: "ModelSpec") -> Problems:
 
 
 def _model_context(cfg: "Config", spec: "ModelSpec") -> Problems:
-    """Where Transformer Engine's attention lets context-parallel ranks exchange heads, each takes as many."""
+    """What only Transformer Engine's attention is particular about, where this machine has it."""
+    if (spec.sliding_window or spec.attention_sinks) and cfg.model.dtype == "bf16" and count_gpus(cfg.cluster.device):
+        yield from check_windows(cfg, spec, this_machine(cfg.cluster.device).transformer_engine)
+
+
+def check_windows(cfg: "Config", spec: "ModelSpec", engine: Version | None) -> Problems:
+    """Sliding windows and sinks in packed sequences, by the version of Transformer Engine; None: there is none, and
+    megarl's own attention takes all of it.
+
+    Versions are of its pull requests 2220 (windows over context parallelism) and 2568 (sinks, with cuDNN 9.18). There
+    ranks exchange heads, so that each of a context-parallel group takes as many.
+    """
     cp, tp = cfg.parallel.context_parallel_size, cfg.parallel.tensor_model_parallel_size
+    if engine is None or not (spec.attention_sinks or cp > 1):
+        return
+    what, needed = ("attention sinks", (2, 13)) if spec.attention_sinks else ("sliding windows", (2, 11))
+    over = f" over {CP} = {cp} ranks" if cp > 1 else ""
+    if engine < needed:
+        text = f"a model with {what} and packed sequences{over} needs Transformer Engine {said(needed)} or later"
+        yield Problem(f"{text}, and here is {said(engine)}", ("model.path", CP))
     heads = max(spec.num_query_groups // max(tp, 1), 1)
-    if not (spec.sliding_window or spec.attention_sinks) or not remainder(heads, cp):
-        return
-    if cfg.cluster.device != "cuda" and count_gpus(cfg.cluster.device) == 0:  # our own attention gathers all keys
-        return
-    text = f"a model with sliding windows or sinks: on GPUs {CP} = {cp} ranks share the {heads} key/value heads of a"
-    yield Problem(f"{text} tensor-parallel rank, and {heads} % {cp} = {heads % cp}", ("model.path", CP, TP))
+    if rest := remainder(heads, cp):
+        text = f"a model with {what}: {CP} = {cp} ranks share the {heads} key/value heads of a tensor-parallel rank"
+        yield Problem(f"{text}, and {heads} % {cp} = {rest}", ("model.path", CP, TP))
 
 
 def _model_layers(cfg: "Config", spec: "ModelSpec") -> Problems:

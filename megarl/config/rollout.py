@@ -77,7 +77,7 @@ class RolloutConfig:
     max_turns: int = 8
     """Most turns of a conversation."""
     turn_timeout_s: float | None = None
-    """Seconds that a turn may take, its tools included, while there is an engine; then the conversation ends."""
+    """Seconds that a turn may take from when there is an engine for it, tools included; then the conversation ends."""
     episode_timeout_s: float | None = None
     """Seconds that a whole conversation may take before it ends; null is no limit."""
     router_replay: bool = False

@@ -1,9 +1,10 @@
 """Environments: what a policy talks with, one plain file each.
 
-Contract: an environment is a function `def make(dialogue, **options) -> conversation`, called once a run, and a
-conversation is `async def conversation(episode, prompt) -> Sample`, called once a sample
-(`megarl.rollout.conversation`); many of them run side by side, in one thread. `dialogue` knows the tokenizer and puts
-what the environment says between two turns; `episode` is the engine, within limits, and keeps the transcript:
+Contract: an environment is a function `def make(dialogue, **options) -> conversation`, called once a run (twice where
+groups go on from step to step: a validation then has a conversation of its own), and a conversation is
+`async def conversation(episode, prompt) -> Sample`, called once a sample (`megarl.rollout.conversation`); many of them
+run side by side, in one thread. `dialogue` knows the tokenizer and puts what the environment says between two turns;
+`episode` is the engine, within limits, and keeps the transcript:
 
     async def conversation(episode, prompt):
         while True:

@@ -69,8 +69,8 @@ class AsyncEngine(Protocol):
         ...
 
     async def ready(self) -> None:
-        """Returns as soon as there is an engine, weights and all, that a request would go to: no turn's time runs while
-        there is none."""
+        """Returns as soon as there is an engine, weights and all, that a request would go to: no turn's time begins
+        before."""
         ...
 
 

@@ -152,6 +152,7 @@ class Sender:
         self._place, self._lead = self._senders.ranks.index(rank), rank == 0
         self._answers: dict[str, Future[Any]] = {}  # of the servers, to what is being sent
         self._silent: set[str] = set()  # those that did not answer the last push
+        self._none_resumed = 0  # pushes in a row
         self._store: dist.TCPStore | None = None  # rank 0's, in which all meet
         self._find, self._metadata, self._bucket_bytes, self._device = find, metadata, bucket_bytes, device
         self._token, self._on_update, self._verify = token, on_update, verify
@@ -196,8 +197,11 @@ class Sender:
     def _pause(self, url: str, hurry: set[str]) -> None:
         # Its answer does not take long: a machine that is gone costs no more than that.
         self._call(url, "health", timeout=_SECOND_PROBE_S if url in hurry else _PROBE_S)
-        requests_end = self._timeout_s if self._on_update == "wait" else self._patience
-        self._call(url, _PAUSE[self._on_update], timeout=requests_end)
+        if self._on_update == "wait":  # until its requests have ended; other ranks wait for this one, but no longer
+            patience = self._timeout_s / 2
+        else:
+            patience = _PROBE_S if url in hurry else self._patience  # an engine may stand still behind a server
+        self._call(url, _PAUSE[self._on_update], timeout=min(patience, self._timeout_s))
 
     def _open(self, urls: list[str]) -> Meeting:
         """A store to meet in."""
@@ -261,11 +265,13 @@ class Sender:
                 raise ValueError("the stream has more tensors than its metadata says")
         except RuntimeError as error:
             self.leave()  # so that servers which wait for this rank hear of it
-            raise RemoteError(f"{error}; {first_error(self._answers)}") from error
-        await_all(self._answers, self._patience)
+            said = first_error(self._answers)
+            self._silent |= {url for url, answer in self._answers.items() if not answer.done()}
+            raise RemoteError(f"{error}; {said}") from error
 
     def finish(self) -> None:
-        """All of it was sent."""
+        """All of it was sent, by all senders."""
+        await_all(self._answers, self._patience)
         self._all(self.urls, lambda url: self._call(url, "finish_weight_update", {"weight_version": str(self.version)}))
 
     def _start(self, url: str) -> None:
@@ -290,6 +296,9 @@ class Sender:
         self.urls = [url for url, answer in answers.items() if not isinstance(answer, RemoteError)]
         if lost:
             self.leave()
+        self._none_resumed = 0 if self.urls else self._none_resumed + 1
+        if self._none_resumed == _FRUITLESS:
+            raise RemoteError(f"after {_FRUITLESS} pushes in a row no server went on to generate: {lost[0]}")
 
     def ask(self, method: str) -> dict[str, list[Any]]:
         """What every worker of every server returns from a method of `megarl.rollout.receiver.Receiver`."""

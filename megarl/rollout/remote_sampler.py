@@ -321,7 +321,8 @@ class RemoteSampler:
                 raise RolloutError(said)
             if worst.item() == _STARVED:
                 assert self._weights is not None and self._version is not None
-                self.update(self._weights, self._version)
+                with self.phases("sync"):  # which has a deadline of its own
+                    self.update(self._weights, self._version)
 
     def _state(self, asked: Future[Any] | None) -> tuple[int, str | None]:
         if asked is None or self._driver is None:

@@ -282,9 +282,11 @@ def serve(cfg: Config, *, host: str, first_gpu: int) -> int:
 
 def _forget_the_dead(folder: Path) -> None:
     """Of servers that were here once, and had no time to clear away: pushes would ask for them."""
-    for path in folder.glob(f"{socket.gethostname()}-*.json"):
-        if not psutil.pid_exists(json.loads(path.read_text())["pid"]):
-            path.unlink()
+    for path in folder.glob("*.json"):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # others clear away, too
+            entry = json.loads(path.read_text())
+            if entry["host"] == socket.gethostname() and not psutil.pid_exists(entry["pid"]):
+                path.unlink()
 
 
 def _has_cuda() -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from megatron.core.fp8_utils import is_float8tensor
 
 from megarl.model.family import SCORE, ModelSpec
 from megarl.parallel.mesh import Mesh
@@ -136,7 +137,7 @@ def _fill(tensor: CanonTensor, parameter: torch.Tensor, mesh: Mesh, source: Sour
         raise CheckpointError(str(reason)) from reason
     columns = columns_of(tensor, cuts, cut)
     # A slice of an FP8 parameter is a copy of it, or shares one scale with all others: it is filled as a whole.
-    exact = _before_rounding(parameter)
+    exact = _before_rounding(parameter) if is_float8tensor(parameter) else None
     whole = parameter if exact is None else exact
     local = read = filled = 0
     for start, stop in rows_of(tensor, cuts, cut):
@@ -155,8 +156,8 @@ def _fill(tensor: CanonTensor, parameter: torch.Tensor, mesh: Mesh, source: Sour
     return read
 
 
-def _before_rounding(parameter: torch.Tensor) -> torch.Tensor | None:
-    """What a parameter that Transformer Engine keeps in FP8 was rounded from, of which the optimizer makes its fp32
-    weights; None of any other parameter."""
-    kept = getattr(parameter, "get_high_precision_init_val", None)
-    return None if kept is None else kept()
+def _before_rounding(parameter: torch.Tensor) -> torch.Tensor:
+    """What a parameter that Transformer Engine keeps in FP8 is rounded from: where it still has that, the optimizer
+    will make its fp32 weights of it."""
+    kept = getattr(parameter, "get_high_precision_init_val", lambda: None)()
+    return torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device) if kept is None else kept

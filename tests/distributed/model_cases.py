@@ -41,37 +41,41 @@ def streamed(
 
 
 class Rounded(torch.nn.Parameter):
-    """Like Transformer Engine's FP8 parameters: a slice is a copy, and what it was rounded from is kept."""
+    """Like Transformer Engine's FP8 parameters: a slice is a copy, and what it was rounded from may be kept."""
 
-    exact: torch.Tensor
+    exact: torch.Tensor | None
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         return self.data.clone()[index]
 
-    def get_high_precision_init_val(self) -> torch.Tensor:
+    def get_high_precision_init_val(self) -> torch.Tensor | None:
         return self.exact
 
 
 def fills_rounded(recipe: str, model: str, overrides: list[str]) -> dict[str, list[bool]]:
     """For parameters that are put together of several tensors, whether they and what is kept are as without it."""
     from megarl.model.build import build_model
-    from megarl.weights.load import load_hf
+    from megarl.weights import load as loading
 
     cfg = load([recipe, f"model.path={model}", *overrides])
     mesh, spec = build_mesh(cfg), read_spec(model)
     with mesh.platform():
         built = build_model(cfg, spec, mesh, temperature=1.0)
-    load_hf(built, spec, mesh, model)
+    loading.load_hf(built, spec, mesh, model)
     layer = built.decoder.layers[0]
     linears = {"qkv": layer.self_attention.linear_qkv, "gate and up": layer.mlp.linear_fc1}
     plain = {name: linear.weight for name, linear in linears.items()}
     for name, linear in linears.items():
         linear.weight = Rounded(torch.full_like(plain[name], torch.nan))
-        linear.weight.exact = torch.full_like(plain[name], torch.nan)
+        linear.weight.exact = torch.full_like(plain[name], torch.nan) if name == "qkv" else None
         vars(linear.weight).update(vars(plain[name]))
-    load_hf(built, spec, mesh, model)
+    is_float8tensor, loading.is_float8tensor = loading.is_float8tensor, lambda parameter: isinstance(parameter, Rounded)
+    try:
+        loading.load_hf(built, spec, mesh, model)
+    finally:
+        loading.is_float8tensor = is_float8tensor
     return {
-        name: [torch.equal(x, plain[name]) for x in (linear.weight.data, linear.weight.exact)]
+        name: [torch.equal(x, plain[name]) for x in (linear.weight.data, linear.weight.exact) if x is not None]
         for name, linear in linears.items()
     }
 

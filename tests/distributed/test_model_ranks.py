@@ -172,10 +172,11 @@ def test_nothing_is_left_at_random_initialisation(ranks, tiny_hf, recipe):
 
 
 def test_parameters_that_are_kept_rounded_are_filled_whole(ranks, tiny_hf, recipe):
-    """Their blocks come from several tensors; what they were rounded from makes the optimizer's weights."""
+    """Their blocks come from several tensors; what they were rounded from makes the optimizer's weights, where they
+    still have it."""
     arguments = {"recipe": recipe, "model": str(tiny_hf("llama")), "overrides": layout("1 rank")[1]}
     (found,) = ranks.run(model_cases.fills_rounded, 1, **arguments)
-    assert found == {"qkv": [True, True], "gate and up": [True, True]}
+    assert found == {"qkv": [True, True], "gate and up": [True]}
 
 
 @pytest.mark.parametrize("family", by_default("llama", "qwen2", of=FAMILIES))
