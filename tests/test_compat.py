@@ -21,6 +21,7 @@ GATES = [
     "test_value_ranks.py",
     "test_routing_ranks.py",
     "test_training_ranks.py",
+    "test_resume.py",
     "test_core_keys.py",
 ]
 SLOW_GATES = ["test_mcore_reads.py"]

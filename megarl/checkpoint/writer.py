@@ -97,7 +97,8 @@ class _PlanOnly(TorchDistSaveShardedStrategy):
         self._plans: tuple[SavePlan, SavePlan] | None = None
         self._metadata: Metadata | None = None
 
-    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> AsyncRequest:
+    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Any, async_strategy: str = "") -> AsyncRequest:
+        """The last argument is that of megatron-core 0.19, which chooses among its own ways of writing."""
         by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
         writer = _Planned(checkpoint_dir, thread_count=_FILES)
         planner = MCoreSavePlanner(dedup_replicated_tensors=not self.keep_only_main_replica, flatten_state_dict=False)
