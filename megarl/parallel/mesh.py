@@ -25,6 +25,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megarl.config import Config, launched_world_size
 from megarl.parallel import cpu
+from megarl.parallel.ports import free_port
 
 
 class RendezvousError(RuntimeError):
@@ -276,10 +277,8 @@ def _identify() -> None:
             raise ValueError(f"srun started {ranks} ranks; set {names} for them, or use torchrun")
         env.update(RANK=env["SLURM_PROCID"], WORLD_SIZE=str(ranks), LOCAL_RANK=env["SLURM_LOCALID"])
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    env.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    port = str(free_port())
+    env.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
 
 
 def device_name(device: torch.device) -> str | None:

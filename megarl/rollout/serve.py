@@ -27,6 +27,7 @@ import psutil
 
 from megarl.config import Config
 from megarl.model.family import read_spec
+from megarl.parallel.ports import free_port
 from megarl.parallel.watchdog import die_with_parent, signal_at_parents_death
 from megarl.rollout.auth import DIRECT, TOKEN, token_of
 from megarl.rollout.vllm_config import DTYPES, model_arguments, option
@@ -159,9 +160,7 @@ class Server:
             self._died(f"did not answer within {self.cfg.rollout.engine_timeout_s:.0f} s (rollout.engine_timeout_s)")
 
     def _start(self) -> None:
-        with socket.socket() as probe:
-            probe.bind((self.host, 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port(self.host)
         folder = engines_folder(self.cfg)
         token = token_of(folder)
         command = [sys.executable, *arguments(self.cfg, self.host, self.port, on_cpu=self.on_cpu)]

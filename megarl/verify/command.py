@@ -8,7 +8,6 @@ import multiprocessing
 import os
 import queue
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ from rich.table import Table
 
 from megarl.config import Config, ConfigError, load, save
 from megarl.config.machine import count_gpus
+from megarl.parallel.ports import free_port
 from megarl.verify.shrink import as_truth, left_out, one_rank, small_layout, small_recipe, write_models
 
 if TYPE_CHECKING:
@@ -79,9 +79,7 @@ def run_ranks(world: int, folder: Path, which: str, tolerance: float, *, vllm: b
     Raises RuntimeError with the traceback of the rank that failed first, or with what killed it.
     """
     context = multiprocessing.get_context("spawn")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     answers: Queue[Any] = context.Queue()
     ranks = [
         context.Process(target=_rank, args=(rank, world, port, folder, which, tolerance, vllm, answers))

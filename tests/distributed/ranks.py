@@ -12,13 +12,14 @@ import importlib
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
+
+from megarl.parallel.ports import free_port
 
 CASE_TIMEOUT_S = 280  # a little less than pytest's own limit on a test, which could not say where the ranks are
 
@@ -44,7 +45,7 @@ class RankPool:
 
         If a rank does not answer, every rank's stacks go to stderr and the next case gets new processes.
         """
-        port = _free_port()
+        port = free_port()
         for pipe in self.pipes[:world]:
             pipe.send((case.__module__, case.__name__, world, port, kwargs))
         deadline = time.monotonic() + CASE_TIMEOUT_S
@@ -81,12 +82,6 @@ class RankPool:
         for pipe in self.pipes:
             pipe.close()
         self._start()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _serve(rank: int, pipe: Connection) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from pathlib import Path
 
 from megarl.config import load
 from megarl.model.family import read_spec
+from megarl.parallel.ports import free_port
 from megarl.rollout.serve import discover, engines_folder
 from megarl.rollout.vllm_config import model_arguments
 
@@ -25,9 +25,7 @@ ON_CPU = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "0"}
 @contextlib.contextmanager
 def serving(model: Path, log: Path, *, dtype: str = "float32", gpu: int | None = None) -> Iterator[str]:
     """A server of a tiny model that takes pushes, by its address; on CPU if no ``gpu`` is given."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--skip-tokenizer-init", "--dtype", dtype, "--enforce-eager"]
     command += ["--max-model-len", "64", "--max-num-seqs", "8", "--logprobs-mode", "processed_logprobs"]

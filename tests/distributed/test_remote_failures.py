@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from megarl.observe.metrics import read_metrics
+from megarl.parallel.ports import free_port
 from megarl.rollout.auth import token_of
 from megarl.rollout.serve import discover
 from tests.distributed import remote_cases, resume_cases, tiny_models, train_cases
@@ -201,9 +201,7 @@ def test_a_trainer_that_is_killed_in_the_middle_of_a_push_goes_on_with_the_same_
 
 def _ranks(command: list[str]) -> tuple[list[int], str]:
     """Two ranks, each a process that nobody ends but itself: their exit codes, and what they said."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    meet = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     settings = {"LOCAL_WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     environments = [os.environ | meet | settings | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}

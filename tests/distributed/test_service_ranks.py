@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from transformers import (
 )
 
 from megarl.observe.metrics import read_metrics
+from megarl.parallel.ports import free_port
 from megarl.rewards.judge import judge_reward
 from megarl.rewards.reward_model import reward_model_reward
 from megarl.rewards.service import ServiceError
@@ -55,9 +55,7 @@ def byte_model(path: Path, kind: type) -> Path:
 
 @contextlib.contextmanager
 def serving(model: Path, log: Path, *more: str) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
     settings = {"VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": "1"} | ON_CPU
